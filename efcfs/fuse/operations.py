@@ -1,0 +1,349 @@
+"""The kernel's requests, translated: pyfuse3's types in, `vfs` calls, pyfuse3's types out.
+
+No decision is made here. Every error becomes an errno in `_answered`; pyfuse3 ends its main loop on any
+other exception.
+"""
+
+import errno
+import functools
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileInfo,
+    FUSEError,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
+
+from efcfs.nfs import nfs3
+from efcfs.nfs.nfs3 import Fattr
+from efcfs.nfs.rpc import Credential
+from efcfs.vfs.errors import SERVER_ERRORS, errno_of
+from efcfs.vfs.filesystem import Entry, FileSystem, Opened
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MODE_OF_TYPE = {
+    nfs3.NF3REG: stat.S_IFREG,
+    nfs3.NF3DIR: stat.S_IFDIR,
+    nfs3.NF3BLK: stat.S_IFBLK,
+    nfs3.NF3CHR: stat.S_IFCHR,
+    nfs3.NF3LNK: stat.S_IFLNK,
+    nfs3.NF3SOCK: stat.S_IFSOCK,
+    nfs3.NF3FIFO: stat.S_IFIFO,
+}
+# Programs size their buffers by it; 1 MiB for each open file of a small-file reader would be too much.
+BLKSIZE = 128 * 1024
+# Reading the groups of a process costs 25 µs; they change with the process's next exec, if at all.
+GROUPS_TTL_S = 1.0
+MAX_GROUPS = 16
+# Entries entered in the index at once while listing; those that do not fit the reply are taken back.
+READDIR_BATCH = 64
+
+
+def _answered(
+    operation: Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
+    @functools.wraps(operation)
+    async def answered(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await operation(self, *args, **kwargs)
+        except (OSError, *SERVER_ERRORS) as error:
+            raise FUSEError(errno_of(error)) from None
+        except KeyError:
+            raise FUSEError(errno.ESTALE) from None
+        except FUSEError:
+            raise
+        except Exception:
+            log.exception("bug: %s failed", operation.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return answered
+
+
+class Operations(pyfuse3.Operations):
+    """pyfuse3's request handlers over one file system."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, fs: FileSystem, nursery: trio.Nursery) -> None:
+        self._fs = fs
+        self._credentials: dict[tuple[int, int, int], tuple[float, Credential]] = {}
+        fs.attributes.kernel = _Kernel(nursery)
+
+    # -- names -------------------------------------------------------------------------------------
+
+    @_answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return _entry(await self._fs.lookup(parent_inode, name, self._credential(ctx)))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        self._fs.forget(inode_list)
+
+    @_answered
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return await self._fs.readlink(inode, self._credential(ctx))
+
+    @_answered
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return _entry(await self._fs.mkdir(parent_inode, name, mode, self._credential(ctx)))
+
+    @_answered
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        return _entry(await self._fs.symlink(parent_inode, name, target, self._credential(ctx)))
+
+    @_answered
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return _entry(await self._fs.mknod(parent_inode, name, mode, rdev, self._credential(ctx)))
+
+    @_answered
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        return _entry(await self._fs.link(inode, new_parent_inode, new_name, self._credential(ctx)))
+
+    @_answered
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._fs.unlink(parent_inode, name, self._credential(ctx))
+
+    @_answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._fs.rmdir(parent_inode, name, self._credential(ctx))
+
+    @_answered
+    async def rename(
+        self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes, flags: int,
+        ctx: RequestContext,
+    ) -> None:  # fmt: skip
+        await self._fs.rename(
+            parent_inode_old, name_old, parent_inode_new, name_new, flags, self._credential(ctx)
+        )
+
+    # -- attributes --------------------------------------------------------------------------------
+
+    @_answered
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return _entry(await self._fs.getattr(inode, self._credential(ctx)))
+
+    @_answered
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        entry = await self._fs.setattr(
+            inode, self._credential(ctx),
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size_bytes=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            handle=fh,
+        )  # fmt: skip
+        return _entry(entry)
+
+    @_answered
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        return await self._fs.access(inode, mode, self._credential(ctx))
+
+    @_answered
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        result, name_max = await self._fs.statfs(self._credential(ctx))
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = result.tbytes // 4096
+        data.f_bfree = result.fbytes // 4096
+        data.f_bavail = result.abytes // 4096
+        data.f_files = result.tfiles
+        data.f_ffree = result.ffiles
+        data.f_favail = result.afiles
+        data.f_namemax = name_max
+        return data
+
+    # NFSv3 has no extended attributes.
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        raise FUSEError(errno.ENOTSUP)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        raise FUSEError(errno.ENOTSUP)
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        raise FUSEError(errno.ENOTSUP)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        raise FUSEError(errno.ENOTSUP)
+
+    # -- files -------------------------------------------------------------------------------------
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return _file_info(await self._fs.open(inode, flags, self._credential(ctx)))
+
+    @_answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        opened, entry = await self._fs.create(parent_inode, name, mode, flags, self._credential(ctx))
+        return _file_info(opened), _entry(entry)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        # pyfuse3 takes any buffer and hands it to writev without a copy.
+        return await self._fs.read(fh, off, size)  # type: ignore[return-value]
+
+    @_answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._fs.write(fh, off, buf)
+
+    @_answered
+    async def flush(self, fh: int) -> None:
+        await self._fs.flush(fh)
+
+    @_answered
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._fs.fsync(fh)
+
+    @_answered
+    async def release(self, fh: int) -> None:
+        await self._fs.release(fh)
+
+    # -- directories -------------------------------------------------------------------------------
+
+    @_answered
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return await self._fs.opendir(inode, self._credential(ctx))
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        cookie = start_id & 0xFFFFFFFFFFFFFFFF
+        given = 0
+        while True:
+            batch = await self._fs.readdir(fh, cookie, READDIR_BATCH)
+            for i, listed in enumerate(batch):
+                if listed.entry is not None:
+                    attributes = _entry(listed.entry)
+                else:
+                    # No valid mode: the kernel shows the name and makes no inode of it.
+                    attributes = EntryAttributes()
+                    attributes.st_ino = listed.fileid
+                    attributes.st_mode = 0
+                    attributes.entry_timeout = attributes.attr_timeout = 0
+                if not pyfuse3.readdir_reply(token, listed.name, attributes, _signed(listed.cookie)):
+                    self._fs.forget([(e.entry.ino, 1) for e in batch[i:] if e.entry is not None])
+                    return
+                given += 1
+                cookie = listed.cookie
+            if not batch or given >= READDIR_BATCH * 8:
+                return
+
+    @_answered
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Nothing to do: a server answers changes of directories when they are stable (RFC 1813 §4.8)."""
+
+    @_answered
+    async def releasedir(self, fh: int) -> None:
+        self._fs.releasedir(fh)
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def _credential(self, ctx: RequestContext) -> Credential:
+        """Who calls, with supplementary groups (the kernel passes only one)."""
+        key = (ctx.pid, ctx.uid, ctx.gid)
+        now = time.monotonic()
+        cached = self._credentials.get(key)
+        if cached is not None and now - cached[0] < GROUPS_TTL_S:
+            return cached[1]
+        if len(self._credentials) > 1024:
+            self._credentials.clear()
+        credential = Credential(ctx.uid, ctx.gid, _groups(ctx.pid))
+        self._credentials[key] = (now, credential)
+        return credential
+
+
+class _Kernel:
+    """Takes things out of the kernel's caches (`vfs.attributes.Kernel`)."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+
+    def drop_attributes(self, ino: int) -> None:
+        try:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        except OSError as error:
+            log.debug("invalidate attributes of %d: %s", ino, error)  # ENOENT: forgotten meanwhile
+
+    def drop_pages(self, ino: int) -> None:
+        self._nursery.start_soon(self._drop_pages, ino)
+
+    async def _drop_pages(self, ino: int) -> None:
+        # In a thread: it waits for locked pages, which wait for our answers to READs.
+        try:
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, abandon_on_cancel=True)
+        except OSError as error:
+            log.debug("invalidate pages of %d: %s", ino, error)
+
+
+def _groups(pid: int) -> tuple[int, ...]:
+    """Supplementary groups of the process; none when it is gone or in a foreign pid namespace (pid 0)."""
+    if not pid:
+        return ()
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"Groups:"):
+                    return tuple(int(group) for group in line.split()[1:])[:MAX_GROUPS]
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # the caller died while its request was on the way
+    return ()
+
+
+def _file_info(opened: Opened) -> FileInfo:
+    return FileInfo(fh=opened.handle, keep_cache=opened.keep_cache)
+
+
+def _entry(entry: Entry) -> EntryAttributes:
+    attributes = EntryAttributes()
+    attributes.st_ino = entry.ino
+    attributes.entry_timeout = entry.entry_timeout_s
+    attributes.attr_timeout = entry.attr_timeout_s
+    if entry.attr is not None:
+        _fill(attributes, entry.attr)
+    return attributes
+
+
+def _fill(attributes: EntryAttributes, attr: Fattr) -> None:
+    attributes.st_mode = _MODE_OF_TYPE.get(attr.type, 0) | (attr.mode & 0o7777)
+    attributes.st_nlink = attr.nlink
+    attributes.st_uid = attr.uid
+    attributes.st_gid = attr.gid
+    if attr.type in (nfs3.NF3CHR, nfs3.NF3BLK):
+        attributes.st_rdev = os.makedev(attr.rdev_major, attr.rdev_minor)
+    attributes.st_size = attr.size
+    attributes.st_blocks = (attr.used + 511) // 512
+    attributes.st_blksize = BLKSIZE
+    attributes.st_atime_ns = attr.atime_ns
+    attributes.st_mtime_ns = attr.mtime_ns
+    attributes.st_ctime_ns = attr.ctime_ns
+
+
+def _signed(cookie: int) -> int:
+    """A 64-bit NFS cookie as the signed offset that readdir has."""
+    return cookie - (1 << 64) if cookie >> 63 else cookie

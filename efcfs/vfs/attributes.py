@@ -1,0 +1,118 @@
+"""How long attributes may be believed, and what a change of them means.
+
+Adaptive timeouts as in nfs(5): a file's attributes are fresh for acregmin seconds, longer each time they
+turn out unchanged, up to acregmax; directories likewise. Every reply that carries attributes updates the
+cache. A version (size, mtime, ctime) that changed without a call of ours having changed it means that
+somebody else wrote: then the kernel's pages and our readahead of the file are void.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from efcfs.nfs import nfs3
+from efcfs.nfs.client import Client
+from efcfs.nfs.nfs3 import Fattr, Wcc
+from efcfs.nfs.rpc import Credential
+from efcfs.vfs.inodes import Inode
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds; names and meaning as in nfs(5)."""
+
+    acregmin_s: float = 3.0
+    acregmax_s: float = 60.0
+    acdirmin_s: float = 30.0
+    acdirmax_s: float = 60.0
+
+
+class Kernel(Protocol):
+    """What the file system asks of the kernel's caches; neither call waits."""
+
+    def drop_attributes(self, ino: int) -> None: ...
+
+    def drop_pages(self, ino: int) -> None: ...
+
+
+def version(attr: Fattr) -> tuple[int, int, int]:
+    """What tells one state of a file from another in NFSv3, which has no change counter."""
+    return (attr.size, attr.mtime_ns, attr.ctime_ns)
+
+
+class Attributes:
+    """The attribute cache of one mount."""
+
+    def __init__(self, client: Client, timeouts: Timeouts) -> None:
+        self.kernel: Kernel | None = None
+        self._client = client
+        self._timeouts = timeouts
+
+    def remaining_s(self, inode: Inode) -> float:
+        """How long the cached attributes are still fresh."""
+        return max(0.0, inode.attr_at + inode.timeout_s - time.monotonic()) if inode.attr is not None else 0.0
+
+    async def get(self, inode: Inode, cred: Credential) -> Fattr:
+        """Fresh attributes: cached ones, or from the server."""
+        if inode.attr is not None and time.monotonic() < inode.attr_at + inode.timeout_s:
+            return inode.attr
+        return await self.revalidate(inode, cred)
+
+    async def revalidate(self, inode: Inode, cred: Credential) -> Fattr:
+        asked_at = time.monotonic()
+        attr = await self._client.getattr(cred, inode.fh)
+        self.update(inode, attr, asked_at)
+        return attr
+
+    def update(self, inode: Inode, attr: Fattr | None, asked_at: float, *, own: bool = False) -> None:
+        """Take over the attributes of a reply whose call was sent at `asked_at` (monotonic).
+
+        own: nobody but us changed the file since the attributes known before.
+        """
+        if attr is None:
+            return
+        now = time.monotonic()
+        old = inode.attr
+        low, high = self._bounds(attr)
+        if old is None:
+            inode.timeout_s = low
+        elif version(attr) == version(old):
+            if now >= inode.attr_at + inode.timeout_s:
+                inode.timeout_s = min(max(inode.timeout_s * 2, low), high)
+        else:
+            if attr.ctime_ns <= old.ctime_ns and asked_at < inode.attr_at:
+                return  # overtaken on another link by the reply to a later call
+            inode.timeout_s = low
+            if own:
+                if inode.pages_version == version(old):
+                    inode.pages_version = version(attr)
+            else:
+                self._changed_by_others(inode)
+        inode.attr = attr
+        inode.attr_at = now
+
+    def update_wcc(self, inode: Inode, wcc: Wcc, asked_at: float) -> None:
+        """Take over weak cache consistency data (RFC 1813 §2.6): ours, if nobody wrote before us."""
+        before, old = wcc.before, inode.attr
+        own = before is not None and old is not None and tuple(before) == version(old)
+        if wcc.after is None:
+            inode.timeout_s = 0.0  # something changed and we do not know what to
+        else:
+            self.update(inode, wcc.after, asked_at, own=own)
+
+    def expire(self, inode: Inode) -> None:
+        inode.timeout_s = 0.0
+
+    def _bounds(self, attr: Fattr) -> tuple[float, float]:
+        t = self._timeouts
+        return (t.acdirmin_s, t.acdirmax_s) if attr.type == nfs3.NF3DIR else (t.acregmin_s, t.acregmax_s)
+
+    def _changed_by_others(self, inode: Inode) -> None:
+        file = inode.open_file
+        if file is not None:
+            file.generation += 1
+            if self.kernel is not None:
+                self.kernel.drop_pages(inode.ino)

@@ -1,0 +1,608 @@
+"""The file system: every operation in terms of node ids, knowing neither pyfuse3 nor RPC.
+
+Each operation takes the caller's credential and asks the server in its name. What may be answered without
+the server is decided in `attributes.py`; this module orders things: writes before truncation, revalidation
+before open, hiding before the removal of a file that is open.
+
+Operations raise OSError, KeyError for a node id or handle that does not exist, and `errors.SERVER_ERRORS`.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from efcfs.nfs import nfs3
+from efcfs.nfs.client import Client, NfsError, own_credential
+from efcfs.nfs.nfs3 import Fattr, Sattr
+from efcfs.nfs.nursery import open_nursery
+from efcfs.nfs.rpc import Credential
+from efcfs.vfs.attributes import Attributes, Timeouts, version
+from efcfs.vfs.directories import Listing
+from efcfs.vfs.errors import SERVER_ERRORS, errno_of
+from efcfs.vfs.inodes import ROOT_INO, Found, Inode, Inodes
+from efcfs.vfs.openfile import Handle, OpenFile
+from efcfs.vfs.reader import Fetch, Reader, fetch_from
+from efcfs.vfs.writer import Writer, log
+
+# Set by the kernel in open flags when a file is opened to be executed.
+FMODE_EXEC = 0o40
+# pyfuse3 turns utimensat(UTIME_NOW) into the clock's reading; so close to now it was that.
+NOW_TOLERANCE_NS = 5_000_000
+RENAME_NOREPLACE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FilesystemOptions:
+    read_only: bool = False
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    lookupcache: str = "all"  # or "positive", "none", as in nfs(5)
+    cto: bool = True
+
+
+class Entry(NamedTuple):
+    """What the kernel is told of a file. `ino` 0: there is no such name, and that holds for entry_timeout_s."""
+
+    ino: int
+    attr: Fattr | None
+    entry_timeout_s: float
+    attr_timeout_s: float
+
+
+class Opened(NamedTuple):
+    handle: int
+    keep_cache: bool
+
+
+class ListedEntry(NamedTuple):
+    """A directory entry; without `entry` only its name is known."""
+
+    name: bytes
+    cookie: int
+    fileid: int
+    entry: Entry | None
+
+
+class FileSystem:
+    """One mounted export."""
+
+    def __init__(
+        self, client: Client, options: FilesystemOptions, inodes: Inodes, nursery: trio.Nursery, fetch: Fetch
+    ) -> None:
+        self.attributes = Attributes(client, options.timeouts)
+        self.writer = Writer(client, self.attributes, inodes, nursery)
+        self.reader = Reader(fetch, nursery)
+        self._client = client
+        self._options = options
+        self._inodes = inodes
+        self._open: dict[int, Inode] = {}
+        self._handles: dict[int, Handle] = {}
+        self._listings: dict[int, Listing] = {}
+        self._next_handle = 1
+        self._hidden = 0
+
+    # -- names -------------------------------------------------------------------------------------
+
+    async def lookup(self, parent: int, name: bytes, cred: Credential) -> Entry:
+        directory = self._inodes.get(parent)
+        asked_at = time.monotonic()
+        if name == b".":
+            await self.attributes.get(directory, cred)
+            return self._enter(directory.parent, directory.name, directory.fh, directory.attr, asked_at)
+        try:
+            found = await self._client.lookup(cred, directory.fh, name)
+        except NfsError as error:
+            if error.status != nfs3.NFS3ERR_NOENT:
+                raise
+            return Entry(0, None, self._entry_timeout_s(directory, positive=False), 0.0)
+        self.attributes.update(directory, found.dir_attr, asked_at)
+        return await self._entered(directory, name, found.fh, found.attr, asked_at, cred)
+
+    async def readlink(self, ino: int, cred: Credential) -> bytes:
+        inode = self._inodes.get(ino)
+        asked_at = time.monotonic()
+        result = await self._client.readlink(cred, inode.fh)
+        self.attributes.update(inode, result.attr, asked_at)
+        return result.target
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, cred: Credential) -> Entry:
+        directory = self._inodes.get(parent)
+        asked_at = time.monotonic()
+        made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)))
+        return await self._made(directory, name, made, asked_at, cred)
+
+    async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential) -> Entry:
+        directory = self._inodes.get(parent)
+        asked_at = time.monotonic()
+        made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target)
+        return await self._made(directory, name, made, asked_at, cred)
+
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential) -> Entry:
+        directory = self._inodes.get(parent)
+        sattr = Sattr(mode=stat.S_IMODE(mode))
+        asked_at = time.monotonic()
+        if stat.S_ISREG(mode):
+            made = await self._create_exclusive(directory, name, sattr, cred)
+        else:
+            file_type = _TYPE_OF_MODE.get(stat.S_IFMT(mode))
+            if file_type is None:
+                raise OSError(errno.EINVAL, "mknod of this type")
+            made = await self._client.mknod(
+                cred, directory.fh, name, file_type, sattr, os.major(rdev), os.minor(rdev)
+            )
+        return await self._made(directory, name, made, asked_at, cred)
+
+    async def link(self, ino: int, new_parent: int, new_name: bytes, cred: Credential) -> Entry:
+        inode, directory = self._inodes.get(ino), self._inodes.get(new_parent)
+        asked_at = time.monotonic()
+        result = await self._client.link(cred, inode.fh, directory.fh, new_name)
+        self.attributes.update_wcc(directory, result.wcc, asked_at)
+        # A new name changes ctime and nothing that the kernel's pages hold.
+        self.attributes.update(inode, result.attr, asked_at, own=True)
+        return await self._entered(directory, new_name, inode.fh, result.attr, asked_at, cred)
+
+    async def unlink(self, parent: int, name: bytes, cred: Credential) -> None:
+        directory = self._inodes.get(parent)
+        target = self._inodes.at(parent, name)
+        if target is not None and _must_hide(target):
+            await self._hide(directory, name, target, cred)
+            return
+        asked_at = time.monotonic()
+        result = await self._client.remove(cred, directory.fh, name)
+        self.attributes.update_wcc(directory, result.wcc, asked_at)
+
+    async def rmdir(self, parent: int, name: bytes, cred: Credential) -> None:
+        directory = self._inodes.get(parent)
+        asked_at = time.monotonic()
+        result = await self._client.rmdir(cred, directory.fh, name)
+        self.attributes.update_wcc(directory, result.wcc, asked_at)
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, cred: Credential
+    ) -> None:
+        if flags & ~RENAME_NOREPLACE:
+            raise OSError(errno.EINVAL, "NFSv3 cannot exchange names")
+        old, new = self._inodes.get(parent), self._inodes.get(new_parent)
+        hidden: Inode | None = None
+        if flags & RENAME_NOREPLACE:
+            if await self._rename_to_free_name(old, name, new, new_name, cred):
+                return
+        else:
+            hidden = self._inodes.at(new_parent, new_name)
+            if hidden is not None and _must_hide(hidden):
+                if (await self._client.lookup(cred, old.fh, name)).fh == hidden.fh:
+                    return  # both names are the same file: POSIX says do nothing
+                await self._hide(new, new_name, hidden, cred)
+            else:
+                hidden = None
+        asked_at = time.monotonic()
+        try:
+            result = await self._client.rename(cred, old.fh, name, new.fh, new_name)
+        except SERVER_ERRORS:
+            if hidden is not None:
+                await self._unhide(new, hidden, new_name, cred)
+            raise
+        self.attributes.update_wcc(old, result.from_wcc, asked_at)
+        if new is not old:
+            self.attributes.update_wcc(new, result.to_wcc, asked_at)
+        self._renamed(old, name, new, new_name)
+
+    def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
+        self._inodes.forget(forgotten)
+
+    # -- attributes --------------------------------------------------------------------------------
+
+    async def getattr(self, ino: int, cred: Credential) -> Entry:
+        inode = self._inodes.get(ino)
+        if inode.open_file is not None and inode.open_file.extents:
+            # stat(2) tells the times that the server gave; so the writes must be there first.
+            await self.writer.flush(inode.open_file)
+        await self.attributes.get(inode, cred)
+        return self._entry(inode)
+
+    async def setattr(
+        self, ino: int, cred: Credential, *, mode: int | None = None, uid: int | None = None,
+        gid: int | None = None, size_bytes: int | None = None, atime_ns: int | None = None,
+        mtime_ns: int | None = None, handle: int | None = None,
+    ) -> Entry:  # fmt: skip
+        """Change what is not None. With a handle the size is changed in the name of who opened it."""
+        inode = self._inodes.get(ino)
+        file = inode.open_file
+        if file is not None and file.extents:
+            if size_bytes is not None:
+                await self.writer.sync(file)  # or an old extent sent again would undo the truncation
+            else:
+                await self.writer.flush(file)
+        if size_bytes is not None and size_bytes > self._client.max_file_bytes:
+            raise OSError(errno.EFBIG, "beyond the server's largest file")
+        now_ns = time.time_ns()
+        sattr = Sattr(
+            None if mode is None else stat.S_IMODE(mode), uid, gid, size_bytes,
+            _time(atime_ns, now_ns), _time(mtime_ns, now_ns),
+        )  # fmt: skip
+        if handle is not None and size_bytes is not None and mode is None and uid is None and gid is None:
+            cred = self._handles[handle].cred
+        asked_at = time.monotonic()
+        result = await self._client.setattr(cred, inode.fh, sattr)
+        inode = self._inodes.get(ino)
+        if size_bytes is not None and inode.open_file is not None:
+            inode.open_file.generation += 1
+        self.attributes.update_wcc(inode, result.wcc, asked_at)
+        if result.wcc.after is None:
+            await self.attributes.revalidate(inode, cred)
+        return self._entry(inode)
+
+    async def access(self, ino: int, mask: int, cred: Credential) -> bool:
+        inode = self._inodes.get(ino)
+        wanted = 0
+        if mask & os.R_OK:
+            wanted |= nfs3.ACCESS3_READ
+        if mask & os.W_OK:
+            wanted |= nfs3.ACCESS3_MODIFY | nfs3.ACCESS3_EXTEND
+        is_dir = inode.attr is not None and inode.attr.type == nfs3.NF3DIR
+        if mask & os.X_OK:
+            wanted |= nfs3.ACCESS3_LOOKUP if is_dir else nfs3.ACCESS3_EXECUTE
+        return await self._may(inode, wanted, cred)
+
+    async def statfs(self, cred: Credential) -> tuple[nfs3.FsstatResult, int]:
+        """FSSTAT of the export and the longest name it takes."""
+        root = self._inodes.get(ROOT_INO)
+        result = await self._client.fsstat(cred, root.fh)
+        name_max = (await self._client.pathconf(cred, root.fh)).name_max
+        return result, name_max
+
+    # -- files -------------------------------------------------------------------------------------
+
+    async def open(self, ino: int, flags: int, cred: Credential) -> Opened:
+        inode = self._inodes.get(ino)
+        if self._options.cto or not self.attributes.remaining_s(inode):
+            if not await self._may(inode, _wanted_by(flags), cred):
+                raise OSError(errno.EACCES, "the server does not allow it")
+            inode = self._inodes.get(ino)
+            self._check_kernel_size(inode)
+        if flags & os.O_TRUNC:
+            await self.setattr(ino, cred, size_bytes=0)
+            inode = self._inodes.get(ino)
+            inode.kernel_size_bytes = 0
+        return self._opened(inode, flags, cred)
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, cred: Credential
+    ) -> tuple[Opened, Entry]:
+        directory = self._inodes.get(parent)
+        asked_at = time.monotonic()
+        sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
+        if flags & os.O_EXCL:
+            made = await self._create_exclusive(directory, name, sattr, cred)
+        else:
+            made = await self._client.create(cred, directory.fh, name, sattr)
+        entry = await self._made(directory, name, made, asked_at, cred)
+        return self._opened(self._inodes.get(entry.ino), flags, cred), entry
+
+    async def read(self, handle_id: int, offset: int, size_bytes: int) -> memoryview | bytes:
+        handle = self._handles[handle_id]
+        file = handle.file
+        inode = self._inodes.get(file.ino)
+        attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
+        if not file.extents:
+            if offset + size_bytes > attr.size and not self.attributes.remaining_s(inode):
+                attr = await self.attributes.revalidate(inode, handle.cred)
+            return await self.reader.read(handle, offset, size_bytes, attr.size)
+        size_bytes = min(size_bytes, max(attr.size, file.dirty_end) - offset)
+        if size_bytes <= 0:
+            return b""
+        target = memoryview(bytearray(size_bytes))
+        there = await self.reader.read(handle, offset, size_bytes, attr.size)
+        target[: len(there)] = there
+        self.writer.overlay(file, offset, target)
+        return target
+
+    async def write(self, handle_id: int, offset: int, data: bytes) -> int:
+        handle = self._handles[handle_id]
+        if offset + len(data) > self._client.max_file_bytes:
+            raise OSError(errno.EFBIG, "beyond the server's largest file")
+        await self.writer.write(handle, offset, data)
+        inode = self._inodes.get(handle.file.ino)
+        if inode.kernel_size_bytes is not None:
+            inode.kernel_size_bytes = max(inode.kernel_size_bytes, offset + len(data))
+        if handle.flags & os.O_SYNC:  # O_DSYNC is a part of it
+            await self._sync(handle)
+        return len(data)
+
+    async def flush(self, handle_id: int) -> None:
+        """close(2): what was written is committed, or its error reported."""
+        await self._sync(self._handles[handle_id])
+
+    async def fsync(self, handle_id: int) -> None:
+        await self._sync(self._handles[handle_id])
+
+    async def release(self, handle_id: int) -> None:
+        handle = self._handles[handle_id]
+        file = handle.file
+        if file.extents:
+            await self.writer.sync(file)  # written through a mapping after close(2)
+        self.reader.close(handle)
+        del self._handles[handle_id]
+        file.handles -= 1
+        if file.handles:
+            return
+        inode = self._open.pop(file.ino)
+        inode.open_file = None
+        if file.sillyname is not None:
+            parent, name = file.sillyname
+            await self._remove_hidden(self._inodes.get(parent), name, handle.cred)
+
+    # -- directories -------------------------------------------------------------------------------
+
+    async def opendir(self, ino: int, cred: Credential) -> int:
+        inode = self._inodes.get(ino)
+        if not await self._may(inode, nfs3.ACCESS3_READ, cred):
+            raise OSError(errno.EACCES, "the server does not allow it")
+        number = self._number()
+        self._listings[number] = Listing(self._client, self._inodes.get(ino), cred)
+        return number
+
+    async def readdir(self, handle_id: int, cookie: int, most: int) -> list[ListedEntry]:
+        """Up to `most` entries after `cookie`, each with one lookup counted; empty at the end.
+
+        The caller gives back by `forget` the lookups of entries that the kernel is not shown.
+        """
+        listing = self._listings[handle_id]
+        asked_at = time.monotonic()
+        entries, start = await listing.after(cookie)
+        chosen = entries[start : start + most]
+        directory = listing.inode
+        known = [e for e in chosen if e.fh is not None and e.attr is not None and e.name not in (b".", b"..")]
+        inodes = self._inodes.enter(
+            Found(directory.ino, e.name, e.fh, e.fileid) for e in known if e.fh is not None
+        )
+        shown: dict[bytes, Entry] = {}
+        for entry, inode in zip(known, inodes, strict=True):
+            self.attributes.update(inode, entry.attr, asked_at)
+            shown[entry.name] = self._entry(inode, self._entry_timeout_s(directory, positive=True))
+        return [ListedEntry(e.name, e.cookie, e.fileid, shown.get(e.name)) for e in chosen]
+
+    def releasedir(self, handle_id: int) -> None:
+        del self._listings[handle_id]
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    async def sync_all(self) -> None:
+        """Commit all that is dirty, as umount does."""
+        async with trio.open_nursery() as nursery:
+            for inode in list(self._open.values()):
+                if inode.open_file is not None and inode.open_file.extents:
+                    nursery.start_soon(self.writer.sync, inode.open_file)
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def _number(self) -> int:
+        self._next_handle += 1
+        return self._next_handle
+
+    def _entry_timeout_s(self, directory: Inode, *, positive: bool) -> float:
+        kind = self._options.lookupcache
+        if kind == "none" or (kind == "positive" and not positive):
+            return 0.0
+        return self.attributes.remaining_s(directory)
+
+    def _entry(self, inode: Inode, entry_timeout_s: float = 0.0) -> Entry:
+        """The inode as the kernel shall see it now."""
+        attr = inode.attr
+        assert attr is not None
+        if inode.open_file is not None and inode.open_file.dirty_end > attr.size:
+            attr = attr._replace(size=inode.open_file.dirty_end)
+        inode.kernel_size_bytes = attr.size
+        return Entry(inode.ino, attr, entry_timeout_s, self.attributes.remaining_s(inode))
+
+    def _enter(self, parent: int, name: bytes, fh: bytes, attr: Fattr | None, asked_at: float) -> Entry:
+        assert attr is not None
+        (inode,) = self._inodes.enter((Found(parent, name, fh, attr.fileid),))
+        self.attributes.update(inode, attr, asked_at)
+        return self._entry(inode, self._entry_timeout_s(self._inodes.get(parent), positive=True))
+
+    async def _entered(
+        self, directory: Inode, name: bytes, fh: bytes | None, attr: Fattr | None, asked_at: float, cred: Credential
+    ) -> Entry:
+        """Enter a name; the server may have left out its handle or attributes (RFC 1813 §3.3.8)."""
+        if fh is None:
+            found = await self._client.lookup(cred, directory.fh, name)
+            fh, attr = found.fh, found.attr
+        if fh is None:
+            raise OSError(errno.EIO, "LOOKUP without a file handle")
+        if attr is None:
+            attr = await self._client.getattr(cred, fh)
+        return self._enter(directory.ino, name, fh, attr, asked_at)
+
+    async def _made(
+        self, directory: Inode, name: bytes, made: nfs3.CreateResult, asked_at: float, cred: Credential
+    ) -> Entry:
+        self.attributes.update_wcc(directory, made.wcc, asked_at)
+        return await self._entered(directory, name, made.fh, made.attr, asked_at, cred)
+
+    async def _create_exclusive(
+        self, directory: Inode, name: bytes, sattr: Sattr, cred: Credential
+    ) -> nfs3.CreateResult:
+        """CREATE EXCLUSIVE, then the attributes: servers keep the verifier in the times (RFC 1813 §3.3.8)."""
+        made = await self._client.create_exclusive(cred, directory.fh, name, os.urandom(nfs3.CREATEVERFSIZE))
+        fh = made.fh if made.fh is not None else (await self._client.lookup(cred, directory.fh, name)).fh
+        if fh is None:
+            raise OSError(errno.EIO, "CREATE without a file handle")
+        times = sattr._replace(size=None, atime_ns=nfs3.SERVER_TIME, mtime_ns=nfs3.SERVER_TIME)
+        done = await self._client.setattr(cred, fh, times)
+        return made._replace(fh=fh, attr=done.wcc.after)
+
+    async def _may(self, inode: Inode, wanted: int, cred: Credential) -> bool:
+        """Ask the server for rights; its answer revalidates the attributes at the same time."""
+        asked_at = time.monotonic()
+        ino = inode.ino
+        result = await self._client.access(cred, inode.fh, wanted)
+        inode = self._inodes.get(ino)
+        if result.attr is None:
+            await self.attributes.revalidate(inode, cred)
+        else:
+            self.attributes.update(inode, result.attr, asked_at)
+        return result.access & wanted == wanted
+
+    def _check_kernel_size(self, inode: Inode) -> None:
+        """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.
+
+        An OPEN reply carries no attributes. ESTALE makes the kernel walk the path again with LOOKUPs, whose
+        replies do, and then open again; the program does not see it.
+        """
+        attr, file = inode.attr, inode.open_file
+        if attr is None or attr.type != nfs3.NF3REG or (file is not None and file.extents):
+            return
+        known, inode.kernel_size_bytes = inode.kernel_size_bytes, attr.size
+        if known is not None and known != attr.size:
+            if self.attributes.kernel is not None:
+                self.attributes.kernel.drop_attributes(inode.ino)
+            raise OSError(errno.ESTALE, "size changed on the server")
+
+    def _opened(self, inode: Inode, flags: int, cred: Credential) -> Opened:
+        attr, file = inode.attr, inode.open_file
+        if file is None:
+            file = inode.open_file = OpenFile(inode.ino, inode.fh)
+            self._open[inode.ino] = inode
+        file.handles += 1
+        number = self._number()
+        self._handles[number] = Handle(file, cred, flags)
+        now = version(attr) if attr is not None else None
+        keep = inode.pages_version == now or bool(file.extents)
+        inode.pages_version = now
+        return Opened(number, keep)
+
+    async def _sync(self, handle: Handle) -> None:
+        if handle.file.extents:
+            await self.writer.sync(handle.file)
+        number = self.writer.new_error(handle)
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+
+    async def _hide(self, directory: Inode, old_name: bytes, target: Inode, cred: Credential) -> None:
+        """Silly rename: an open file that loses its name gets one to be removed at last close."""
+        file = target.open_file
+        assert file is not None
+        self._hidden += 1
+        name = b".nfs%016x%08x" % (target.attr.fileid if target.attr else target.ino, self._hidden)
+        asked_at = time.monotonic()
+        result = await self._client.rename(cred, directory.fh, old_name, directory.fh, name)
+        self.attributes.update_wcc(directory, result.from_wcc, asked_at)
+        self._inodes.moved(directory.ino, old_name, directory.ino, name)
+        if target.open_file is file:
+            file.sillyname = (directory.ino, name)
+        else:
+            await self._remove_hidden(directory, name, cred)  # closed meanwhile
+
+    async def _unhide(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
+        file = target.open_file
+        if file is None or file.sillyname is None:
+            return
+        try:
+            await self._client.rename(cred, directory.fh, file.sillyname[1], directory.fh, name)
+        except SERVER_ERRORS as error:
+            log.error("file stays hidden as %r: errno %d", file.sillyname[1], errno_of(error))
+            return
+        self._inodes.moved(directory.ino, file.sillyname[1], directory.ino, name)
+        file.sillyname = None
+
+    async def _remove_hidden(self, directory: Inode, name: bytes, cred: Credential) -> None:
+        asked_at = time.monotonic()
+        try:
+            result = await self._client.remove(cred, directory.fh, name)
+        except SERVER_ERRORS as error:
+            log.error("hidden file %r stays: errno %d", name, errno_of(error))
+            return
+        self.attributes.update_wcc(directory, result.wcc, asked_at)
+
+    async def _rename_to_free_name(
+        self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential
+    ) -> bool:
+        """RENAME_NOREPLACE of a file as LINK and REMOVE, since NFSv3's RENAME replaces and LINK does not.
+
+        False: not done, but the name is free (a directory, or a server without links): a plain RENAME may
+        follow, with the small race that leaves. Raises EEXIST when the name is taken.
+        """
+        try:
+            await self._client.lookup(cred, new.fh, new_name)
+        except NfsError as error:
+            if error.status != nfs3.NFS3ERR_NOENT:
+                raise
+        else:
+            raise OSError(errno.EEXIST, "name is taken")
+        source = await self._client.lookup(cred, old.fh, name)
+        if source.fh is None or source.attr is None or source.attr.type == nfs3.NF3DIR:
+            return False
+        asked_at = time.monotonic()
+        try:
+            linked = await self._client.link(cred, source.fh, new.fh, new_name)
+        except NfsError as error:
+            if error.status in (nfs3.NFS3ERR_NOTSUPP, nfs3.NFS3ERR_MLINK, nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES):
+                return False
+            raise
+        self.attributes.update_wcc(new, linked.wcc, asked_at)
+        removed = await self._client.remove(cred, old.fh, name)
+        self.attributes.update_wcc(old, removed.wcc, asked_at)
+        self._renamed(old, name, new, new_name)
+        return True
+
+    def _renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes) -> None:
+        moved = self._inodes.at(old.ino, name)
+        if moved is not None:
+            self._inodes.moved(old.ino, name, new.ino, new_name)
+            self.attributes.expire(moved)  # its ctime changed
+
+
+def _must_hide(inode: Inode) -> bool:
+    """Open here, and this may be the last name that keeps it alive on the server."""
+    return inode.open_file is not None and inode.open_file.sillyname is None
+
+
+_TYPE_OF_MODE = {
+    stat.S_IFIFO: nfs3.NF3FIFO,
+    stat.S_IFSOCK: nfs3.NF3SOCK,
+    stat.S_IFCHR: nfs3.NF3CHR,
+    stat.S_IFBLK: nfs3.NF3BLK,
+}
+
+
+def _wanted_by(flags: int) -> int:
+    accmode = flags & os.O_ACCMODE
+    wanted = 0
+    if accmode in (os.O_RDONLY, os.O_RDWR):
+        # Servers let who may execute a file read it (RFC 1813 §3.3.4).
+        wanted |= nfs3.ACCESS3_EXECUTE if flags & FMODE_EXEC else nfs3.ACCESS3_READ
+    if accmode in (os.O_WRONLY, os.O_RDWR):
+        wanted |= nfs3.ACCESS3_MODIFY | nfs3.ACCESS3_EXTEND
+    return wanted
+
+
+def _time(value_ns: int | None, now_ns: int) -> int | None:
+    """Who may write a file but does not own it may set its times to now, and only by the server's clock."""
+    if value_ns is not None and 0 <= now_ns - value_ns < NOW_TOLERANCE_NS:
+        return nfs3.SERVER_TIME
+    return value_ns
+
+
+@contextlib.asynccontextmanager
+async def open_filesystem(
+    client: Client, options: FilesystemOptions, state_dir: Path
+) -> AsyncIterator[FileSystem]:
+    """The file system over `client`, its identities in `state_dir`. Raises `errors.SERVER_ERRORS`."""
+    inodes = Inodes(state_dir, client.root_fh)
+    try:
+        async with open_nursery() as nursery:
+            fs = FileSystem(client, options, inodes, nursery, fetch_from(client))
+            await fs.attributes.revalidate(inodes.get(ROOT_INO), own_credential())
+            nursery.start_soon(fs.writer.run)
+            yield fs
+            nursery.cancel_scope.cancel()
+    finally:
+        inodes.close()

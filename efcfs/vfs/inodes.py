@@ -1,0 +1,217 @@
+"""Which node id the kernel knows for which file handle: the identity index.
+
+Identities live in LMDB under /dev/shm and are written before the kernel can see them (DESIGN 3.1), so a
+daemon that starts over an existing index can serve every node id that the kernel still holds. In memory
+there is a bounded set of `Inode` objects, the recently used; the others are read back when asked for.
+
+The node id is the server's fileid where that is free, so st_ino is what other clients see; a fileid that
+is taken (two file systems below one export, or a reused fileid whose old file is still known) gets a
+number of our own. This module knows LMDB keys and no policy: freshness is `attributes.py`'s.
+"""
+
+import contextlib
+import itertools
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import lmdb
+
+from efcfs.nfs import nfs3
+from efcfs.nfs.nfs3 import Fattr
+from efcfs.vfs.openfile import OpenFile
+
+ROOT_INO = 1
+# Sparse in /dev/shm: room for some 20 million identities, no memory until used.
+MAP_BYTES = 4 * 1024**3
+# 100,000 inodes in memory took 80 MB; reading one back from LMDB takes 2 µs.
+MAX_IN_MEMORY = 16_384
+OWN_NUMBERS = 1 << 62
+
+# nlookup, parent, attributes fetched at, attribute timeout, length of fh, attributes known
+_RECORD = struct.Struct(">QQddBB")
+_FATTR_BYTES = 84
+_KEY = struct.Struct(">Q")
+
+
+class Inode:
+    """A file that the kernel knows. `parent` and `name` are where it was last looked up or moved to."""
+
+    __slots__ = (
+        "attr", "attr_at", "fh", "ino", "kernel_size_bytes", "name", "nlookup", "open_file", "pages_version",
+        "parent", "timeout_s",
+    )  # fmt: skip
+
+    def __init__(self, ino: int, fh: bytes, parent: int, name: bytes) -> None:
+        self.ino = ino
+        self.fh = fh
+        self.parent = parent
+        self.name = name
+        self.nlookup = 0
+        self.attr: Fattr | None = None
+        # Monotonic seconds, the same clock for every daemon since boot.
+        self.attr_at = 0.0
+        self.timeout_s = 0.0
+        # Of which version the kernel's pages are, and what size it believes in; None: not known.
+        self.pages_version: tuple[int, int, int] | None = None
+        self.kernel_size_bytes: int | None = None
+        self.open_file: OpenFile | None = None
+
+
+class Found(NamedTuple):
+    """A name that the server has just told us about."""
+
+    parent: int
+    name: bytes
+    fh: bytes
+    fileid: int
+
+
+class Inodes:
+    """All identities of one mount."""
+
+    def __init__(self, directory: Path, root_fh: bytes) -> None:
+        self._env = lmdb.open(
+            str(directory / "inodes.lmdb"), map_size=MAP_BYTES, max_dbs=3, writemap=True, sync=False,
+            metasync=False, mode=0o600,
+        )  # fmt: skip
+        self._by_ino = self._env.open_db(b"ino")
+        self._by_fh = self._env.open_db(b"fh")
+        self._by_name = self._env.open_db(b"name")
+        self._inodes: dict[int, Inode] = {}
+        with self._env.begin(db=self._by_ino) as txn:
+            cursor = txn.cursor()
+            last = _KEY.unpack(cursor.key())[0] if cursor.last() else 0
+        self._next_own = max(OWN_NUMBERS, last + 1)
+        root = self._load(ROOT_INO) or Inode(ROOT_INO, root_fh, ROOT_INO, b"")
+        root.fh = root_fh
+        root.nlookup = 1
+        self._inodes[ROOT_INO] = root
+        with self._env.begin(write=True) as txn:
+            self._put(txn, root)
+            txn.put(root_fh, _KEY.pack(ROOT_INO), db=self._by_fh)
+
+    def close(self) -> None:
+        self._env.close()
+
+    def get(self, ino: int, txn: lmdb.Transaction | None = None) -> Inode:
+        """The inode of a node id that the kernel uses. Raises KeyError when it was never shown or is gone."""
+        inode = self._inodes.get(ino)
+        if inode is None:
+            inode = self._load(ino)
+            if inode is None:
+                raise KeyError(ino)
+            self._remember(inode, txn)
+        return inode
+
+    def enter(self, found: Iterable[Found]) -> list[Inode]:
+        """The inodes of these names, each with one lookup more, and safely in the index."""
+        inodes = []
+        with self._env.begin(write=True) as txn:
+            for parent, name, fh, fileid in found:
+                known = txn.get(fh, db=self._by_fh)
+                if known is not None:
+                    inode = self.get(_KEY.unpack(known)[0], txn)
+                    if inode.ino != ROOT_INO:
+                        inode.parent, inode.name = parent, name
+                else:
+                    inode = Inode(self._number(txn, fileid), fh, parent, name)
+                    txn.put(fh, _KEY.pack(inode.ino), db=self._by_fh)
+                    self._remember(inode, txn)
+                inode.nlookup += 1
+                self._put(txn, inode)
+                txn.put(_KEY.pack(parent) + name, _KEY.pack(inode.ino), db=self._by_name)
+                inodes.append(inode)
+        return inodes
+
+    def at(self, parent: int, name: bytes) -> Inode | None:
+        """The inode that the kernel last saw at this name."""
+        with self._env.begin(db=self._by_name) as txn:
+            known = txn.get(_KEY.pack(parent) + name)
+        try:
+            return self.get(_KEY.unpack(known)[0]) if known is not None else None
+        except KeyError:
+            return None
+
+    def moved(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
+        """The name is another one now: renamed, or hidden until last close."""
+        inode = self.at(parent, name)
+        if inode is None:
+            return
+        inode.parent, inode.name = new_parent, new_name
+        with self._env.begin(write=True) as txn:
+            txn.delete(_KEY.pack(parent) + name, db=self._by_name)
+            txn.put(_KEY.pack(new_parent) + new_name, _KEY.pack(inode.ino), db=self._by_name)
+            self._put(txn, inode)
+
+    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
+        """The kernel dropped so many lookups of each node id; at none left the identity goes."""
+        with self._env.begin(write=True) as txn:
+            for ino, nlookup in forgotten:
+                try:
+                    inode = self.get(ino, txn)
+                except KeyError:
+                    continue  # a name of a listing that had no file handle was never entered
+                inode.nlookup -= nlookup
+                if inode.nlookup > 0 or ino == ROOT_INO:
+                    self._put(txn, inode)
+                    continue
+                txn.delete(_KEY.pack(ino), db=self._by_ino)
+                if txn.get(inode.fh, db=self._by_fh) == _KEY.pack(ino):
+                    txn.delete(inode.fh, db=self._by_fh)
+                name_key = _KEY.pack(inode.parent) + inode.name
+                if txn.get(name_key, db=self._by_name) == _KEY.pack(ino):
+                    txn.delete(name_key, db=self._by_name)
+                if inode.open_file is None:
+                    self._inodes.pop(ino, None)
+
+    def __len__(self) -> int:
+        with self._env.begin() as txn:
+            return int(txn.stat(self._by_ino)["entries"])
+
+    def _number(self, txn: lmdb.Transaction, fileid: int) -> int:
+        taken = fileid in self._inodes or txn.get(_KEY.pack(fileid), db=self._by_ino) is not None
+        if ROOT_INO < fileid < OWN_NUMBERS and not taken:
+            return fileid
+        self._next_own += 1
+        return self._next_own
+
+    def _remember(self, inode: Inode, txn: lmdb.Transaction | None) -> None:
+        if len(self._inodes) >= MAX_IN_MEMORY:
+            # The oldest eighth goes at once: a walk over them for every new one would be quadratic.
+            oldest = list(itertools.islice(self._inodes.values(), MAX_IN_MEMORY // 8))
+            with contextlib.ExitStack() as stack:
+                if txn is None:
+                    txn = stack.enter_context(self._env.begin(write=True))
+                for old in oldest:
+                    del self._inodes[old.ino]
+                    if old.open_file is not None or old.ino == ROOT_INO:
+                        self._inodes[old.ino] = old
+                    elif old.nlookup > 0:
+                        self._put(txn, old)
+        self._inodes[inode.ino] = inode
+
+    def _put(self, txn: lmdb.Transaction, inode: Inode) -> None:
+        known = inode.attr is not None
+        head = _RECORD.pack(
+            inode.nlookup, inode.parent, inode.attr_at, inode.timeout_s, len(inode.fh), known
+        )
+        attr = nfs3.pack_fattr(inode.attr) if inode.attr is not None else b""
+        txn.put(_KEY.pack(inode.ino), head + inode.fh + attr + inode.name, db=self._by_ino)
+
+    def _load(self, ino: int) -> Inode | None:
+        with self._env.begin(db=self._by_ino) as txn:
+            record = txn.get(_KEY.pack(ino))
+        if record is None:
+            return None
+        nlookup, parent, attr_at, timeout_s, fh_bytes, known = _RECORD.unpack_from(record)
+        fh_end = _RECORD.size + fh_bytes
+        name_at = fh_end + (_FATTR_BYTES if known else 0)
+        inode = Inode(ino, record[_RECORD.size : fh_end], parent, record[name_at:])
+        inode.nlookup = nlookup
+        if known:
+            inode.attr = nfs3.unpack_fattr(record, fh_end)
+            inode.attr_at = attr_at
+            inode.timeout_s = timeout_s
+        return inode

@@ -1,0 +1,108 @@
+"""What there is of a file only while it is open here: handles, dirty extents, readahead windows.
+
+Plain state, no behaviour: `writer.py` and `reader.py` act on it, `filesystem.py` makes and ends it.
+"""
+
+import enum
+
+import trio
+
+from efcfs.nfs.link import Buffer
+from efcfs.nfs.rpc import Credential
+
+
+class ExtentState(enum.Enum):
+    DIRTY = enum.auto()  # only here
+    SENDING = enum.auto()  # in a WRITE in flight
+    UNSTABLE = enum.auto()  # written, but a server restart before COMMIT loses it (RFC 1813 §4.8)
+    DONE = enum.auto()  # committed, or given up with an error
+
+
+class Extent:
+    """Bytes written by programs that are not yet safe on the server. Never changes place or order."""
+
+    __slots__ = ("buffers", "cred", "length_bytes", "offset", "state", "verifier", "written_at")
+
+    def __init__(self, offset: int, data: bytes, cred: Credential, written_at: float) -> None:
+        self.offset = offset
+        self.buffers: list[Buffer] = [data]
+        self.length_bytes = len(data)
+        self.cred = cred
+        self.written_at = written_at
+        self.state = ExtentState.DIRTY
+        self.verifier = b""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length_bytes
+
+    def overlaps(self, offset: int, end: int) -> bool:
+        return self.offset < end and offset < self.end
+
+
+class OpenFile:
+    """An inode with at least one handle. `extents` are in the order in which they were written."""
+
+    __slots__ = (
+        "changed", "committing", "extents", "fh", "generation", "handles", "ino", "sillyname", "write_errors",
+    )  # fmt: skip
+
+    def __init__(self, ino: int, fh: bytes) -> None:
+        self.ino = ino
+        self.fh = fh
+        self.handles = 0
+        self.extents: list[Extent] = []
+        # Woken whenever an extent changes its state.
+        self.changed = trio.lowlevel.ParkingLot()
+        self.committing = False
+        # Failed writes, oldest first; each handle reports those that came after it looked last.
+        self.write_errors: list[int] = []
+        # Counts changes of the contents, ours and others': readahead of an older one is worthless.
+        self.generation = 0
+        # (parent's node id, name) to remove at last close.
+        self.sillyname: tuple[int, bytes] | None = None
+
+    @property
+    def dirty_end(self) -> int:
+        """Where the bytes end that the server may not have yet; 0 without any."""
+        return max((e.end for e in self.extents), default=0)
+
+
+class Handle:
+    """One open(2). Remembers who opened it: readahead and write-behind act in that name."""
+
+    __slots__ = ("cred", "errors_seen", "file", "flags", "window")
+
+    def __init__(self, file: OpenFile, cred: Credential, flags: int) -> None:
+        self.file = file
+        self.cred = cred
+        self.flags = flags
+        self.errors_seen = len(file.write_errors)
+        self.window: Window | None = None
+
+
+class Block:
+    """A piece of a readahead window: being fetched or there. `length_bytes` is what the server had of it."""
+
+    __slots__ = ("done", "error", "length_bytes", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.done = trio.Event()
+        self.length_bytes = 0
+        self.error: Exception | None = None
+
+
+class Window:
+    """The readahead of one handle: a ring in which file offset o lies at o modulo the ring's length."""
+
+    __slots__ = ("ahead_bytes", "blocks", "fetching", "generation", "hits", "next_offset", "ring")
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.next_offset = 0
+        self.hits = 0
+        self.ahead_bytes = 0
+        self.ring: memoryview | None = None
+        self.blocks: dict[int, Block] = {}
+        self.fetching = 0

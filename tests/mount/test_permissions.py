@@ -1,0 +1,117 @@
+"""Permissions as the server sees them: uid, gid and groups of the caller go into every call."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.bed import Place
+
+ALICE, BOB, STAFF = 12345, 12346, 23456
+
+
+def as_user(uid: int, code: str, *args: object, gid: int | None = None, groups: tuple[int, ...] = ()) -> str:
+    """Run Python code as another user; returns its output, "EACCES" and the like on an OSError."""
+    program = (
+        "import errno, os, sys\ntry:\n"
+        + "".join(f"    {line}\n" for line in code.splitlines())
+        + "except OSError as e: print(errno.errorcode[e.errno])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, args)],
+        user=uid, group=uid if gid is None else gid, extra_groups=list(groups),
+        capture_output=True, text=True, check=True, cwd="/",
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+READ = "print(open(sys.argv[1]).read())"
+WRITE = "open(sys.argv[1], 'w').write('x'); print('ok')"
+
+
+def test_a_file_of_one_user_is_closed_to_another(place: Place) -> None:
+    os.chmod(place.there, 0o777)
+    path = place.here / "private"
+    assert as_user(ALICE, WRITE, path) == "ok"
+    os.chmod(place.there / "private", 0o600)
+    assert os.stat(place.there / "private").st_uid == ALICE
+    assert as_user(ALICE, READ, path) == "x"
+    assert as_user(BOB, READ, path) == "EACCES"
+    assert as_user(BOB, WRITE, path) == "EACCES"
+
+
+def test_supplementary_groups_count(place: Place) -> None:
+    (place.there / "shared").write_text("for staff")
+    os.chown(place.there / "shared", ALICE, STAFF)
+    os.chmod(place.there / "shared", 0o660)
+    assert as_user(BOB, READ, place.here / "shared") == "EACCES"
+    assert as_user(BOB, READ, place.here / "shared", groups=(99, STAFF)) == "for staff"
+    assert as_user(BOB, WRITE, place.here / "shared", groups=(STAFF,)) == "ok"
+
+
+def test_a_directory_without_x_hides_what_another_user_has_seen(place: Place) -> None:
+    (place.there / "dir").mkdir()
+    (place.there / "dir/file").write_text("seen")
+    os.chown(place.there / "dir", ALICE, ALICE)
+    os.chmod(place.there / "dir", 0o700)
+    assert as_user(ALICE, READ, place.here / "dir/file") == "seen"
+    assert as_user(BOB, READ, place.here / "dir/file") == "EACCES"
+    assert as_user(BOB, "print(os.stat(sys.argv[1]))", place.here / "dir/file") == "EACCES"
+
+
+def test_a_directory_that_may_be_listed_and_not_entered_shows_names_only(place: Place) -> None:
+    (place.there / "dir").mkdir()
+    (place.there / "dir/file").touch()
+    os.chmod(place.there / "dir", 0o744)
+    assert as_user(BOB, "print(os.listdir(sys.argv[1]))", place.here / "dir") == "['file']"
+
+
+def test_only_the_owner_changes_mode_and_times(place: Place) -> None:
+    (place.there / "file").touch()
+    os.chown(place.there / "file", ALICE, STAFF)
+    os.chmod(place.there / "file", 0o664)
+    path = place.here / "file"
+    assert as_user(BOB, "os.chmod(sys.argv[1], 0o777)", path) == "EPERM"
+    assert as_user(BOB, "os.utime(sys.argv[1], (1, 1))", path) in ("EPERM", "EACCES")
+    # Who may write may set the times to now.
+    assert as_user(BOB, "os.utime(sys.argv[1]); print('ok')", path, groups=(STAFF,)) == "ok"
+    assert as_user(ALICE, "os.chmod(sys.argv[1], 0o600); print('ok')", path) == "ok"
+
+
+def test_a_sticky_directory_protects_the_files_of_others(place: Place) -> None:
+    os.chmod(place.there, 0o1777)
+    assert as_user(ALICE, WRITE, place.here / "file") == "ok"
+    assert as_user(BOB, "os.unlink(sys.argv[1])", place.here / "file") in ("EPERM", "EACCES")
+
+
+def test_a_program_that_may_be_executed_and_not_read_runs(place: Place) -> None:
+    (place.there / "true").write_bytes(open("/bin/true", "rb").read())
+    os.chmod(place.there / "true", 0o711)
+    done = subprocess.run([place.here / "true"], user=ALICE, group=ALICE, extra_groups=[], check=False)
+    assert done.returncode == 0
+
+
+def test_an_open_file_stays_writable_after_its_mode_was_taken_away(place: Place) -> None:
+    os.chmod(place.there, 0o777)
+    code = (
+        "f = open(sys.argv[1], 'wb', buffering=0)\nf.write(b'1')\nos.chmod(sys.argv[1], 0o400)\n"
+        "f.write(b'2')\nf.close()\nprint('ok')"
+    )
+    assert as_user(ALICE, code, place.here / "file") == "ok"
+    assert (place.there / "file").read_bytes() == b"12"
+
+
+@pytest.mark.parametrize("squash", ["Root_Squash"])
+def test_under_root_squash_root_is_nobody(squash: str, squashed_place: Place) -> None:
+    place = squashed_place
+    (place.there / "root-only").write_text("secret")
+    os.chmod(place.there / "root-only", 0o600)
+    with pytest.raises(PermissionError):
+        (place.here / "root-only").read_text()
+    os.chmod(place.there, 0o755)
+    with pytest.raises(PermissionError):
+        (place.here / "new").touch()
+    os.chmod(place.there, 0o777)
+    (place.here / "new").touch()
+    assert os.stat(place.there / "new").st_uid == 65534
