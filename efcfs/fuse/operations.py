@@ -322,6 +322,7 @@ def _file_info(opened: Opened) -> FileInfo:
 def _entry(entry: Entry) -> EntryAttributes:
     attributes = EntryAttributes()
     attributes.st_ino = entry.ino
+    attributes.generation = entry.generation
     attributes.entry_timeout = entry.entry_timeout_s
     attributes.attr_timeout = entry.attr_timeout_s
     if entry.attr is not None:

@@ -34,7 +34,7 @@ MNT3ERR_SERVERFAULT = 10006
 
 
 class MntResult(NamedTuple):
-    """With a status other than MNT3_OK there is no handle. `auth_flavors`: RPC flavors that the export takes."""
+    """`fh` is None unless the status is MNT3_OK. `auth_flavors`: the RPC flavors that the export takes."""
 
     status: int
     fh: bytes | None

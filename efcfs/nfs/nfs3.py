@@ -49,8 +49,9 @@ NFSPROC3_PATHCONF = 20
 NFSPROC3_COMMIT = 21
 
 PROCEDURE_NAMES = (
-    "NULL", "GETATTR", "SETATTR", "LOOKUP", "ACCESS", "READLINK", "READ", "WRITE", "CREATE", "MKDIR", "SYMLINK",
-    "MKNOD", "REMOVE", "RMDIR", "RENAME", "LINK", "READDIR", "READDIRPLUS", "FSSTAT", "FSINFO", "PATHCONF", "COMMIT",
+    "NULL", "GETATTR", "SETATTR", "LOOKUP", "ACCESS", "READLINK", "READ", "WRITE", "CREATE", "MKDIR",
+    "SYMLINK", "MKNOD", "REMOVE", "RMDIR", "RENAME", "LINK", "READDIR", "READDIRPLUS", "FSSTAT", "FSINFO",
+    "PATHCONF", "COMMIT",
 )  # fmt: skip
 
 NFS3_OK = 0
@@ -348,7 +349,7 @@ def commit_args(fh: bytes, offset: int, count: int) -> bytes:
 
 
 # -- results (RFC 1813 §3.3) -------------------------------------------------------------------------
-# On a failure status a result has the attributes that the RFC gives for failure; the rest is None, 0 or empty.
+# On a failure status a result has the attributes that the RFC gives for failure, else None, 0 or nothing.
 
 
 class GetattrResult(NamedTuple):
@@ -646,9 +647,9 @@ def decode_read_head(view: memoryview, pos: int) -> tuple[ReadResult, int]:
 
 
 def read_payload(view: memoryview, offset: int) -> tuple[int, int] | None:
-    """Where in `view`, which may end anywhere, the payload of a READ's results begins, and its length in bytes.
+    """Where in `view`, which may end anywhere, the payload of a READ begins, and its length in bytes.
 
-    None if there is none for the READ failed, or `view` ends before the payload's beginning. Raises ProtocolError.
+    None if the READ failed, or `view` ends before the payload begins. Raises ProtocolError.
     """
     try:
         head, pos = _read_head(view, offset)

@@ -37,7 +37,7 @@ def getport_args(mapping: Mapping) -> bytes:
 
 
 def decode_getport(view: memoryview, offset: int) -> int:
-    """The port, 0 if the server does not have the program. Not all 32-bit numbers are ports. Raises ProtocolError."""
+    """The port as sent, 0 if the server does not have the program. Raises ProtocolError."""
     results = Decoder(view, offset)
     port = results.u32()
     results.done()

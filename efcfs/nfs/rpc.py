@@ -32,7 +32,7 @@ MAX_MACHINE_NAME_BYTES = 255
 # Record marking (RFC 5531 §11): the top bit of a fragment's length marks the record's last fragment.
 LAST_FRAGMENT = 0x80000000
 MARK_BYTES = 4
-# Reply header and READ results up to the payload, with the empty verifier and the attributes that servers send.
+# Reply header and READ results up to the payload, with the empty verifier and the attributes that are usual.
 HEAD_BYTES = 128
 BUFFER_BYTES = 64 * 1024
 
@@ -55,7 +55,7 @@ class Credential(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def call_header(program: int, version: int, procedure: int, credential: Credential | None) -> bytes:
-    """Everything of a call between its xid and its arguments (RFC 5531 §9). No credential means AUTH_NONE."""
+    """All of a call between its xid and its arguments (RFC 5531 §9). No credential means AUTH_NONE."""
     if credential is None:
         auth = _TWO.pack(AUTH_NONE, 0)
     else:
@@ -123,7 +123,7 @@ def reply_xid(view: memoryview) -> int:
 
 
 def decode_reply(view: memoryview) -> int:
-    """Where the results begin in the reply record `view`. Raises ProtocolError, and RpcRefused if there are none."""
+    """Where the results begin in the reply record `view`. Raises ProtocolError; RpcRefused without results."""
     if view[4:24] == _USUAL_REPLY:
         return 24
     reply_xid(view)

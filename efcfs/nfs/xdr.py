@@ -35,7 +35,7 @@ def opaque(data: bytes) -> bytes:
 
 
 class Decoder:
-    """Reads values off `buf` one after the other, from `pos` to `end`. Every method may raise ProtocolError."""
+    """Reads values off `buf` one after the other, from `pos` to `end`. Every method raises ProtocolError."""
 
     __slots__ = ("buf", "end", "pos")
 
@@ -83,7 +83,7 @@ class Decoder:
         return self.fixed(length_bytes)
 
     def string(self, max_bytes: int) -> bytes:
-        """A string of at most `max_bytes`: bytes, as the protocols here do not say which characters they mean."""
+        """A string of at most `max_bytes`. It is bytes: the protocols here do not say which characters."""
         return self.opaque(max_bytes)
 
     def done(self) -> None:

@@ -51,6 +51,7 @@ class Entry(NamedTuple):
     """What the kernel is told of a file. `ino` 0: there is no such name, and that holds for entry_timeout_s."""
 
     ino: int
+    generation: int
     attr: Fattr | None
     entry_timeout_s: float
     attr_timeout_s: float
@@ -101,7 +102,7 @@ class FileSystem:
         except NfsError as error:
             if error.status != nfs3.NFS3ERR_NOENT:
                 raise
-            return Entry(0, None, self._entry_timeout_s(directory, positive=False), 0.0)
+            return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
         self.attributes.update(directory, found.dir_attr, asked_at)
         return await self._entered(directory, name, found.fh, found.attr, asked_at, cred)
 
@@ -156,12 +157,16 @@ class FileSystem:
             return
         asked_at = time.monotonic()
         result = await self._client.remove(cred, directory.fh, name)
+        self._inodes.removed(parent, name)
         self.attributes.update_wcc(directory, result.wcc, asked_at)
+        if target is not None:
+            self.attributes.expire(target)  # it may live on under other names, with a link less
 
     async def rmdir(self, parent: int, name: bytes, cred: Credential) -> None:
         directory = self._inodes.get(parent)
         asked_at = time.monotonic()
         result = await self._client.rmdir(cred, directory.fh, name)
+        self._inodes.removed(parent, name)
         self.attributes.update_wcc(directory, result.wcc, asked_at)
 
     async def rename(
@@ -176,6 +181,8 @@ class FileSystem:
                 return
         else:
             hidden = self._inodes.at(new_parent, new_name)
+            if hidden is not None:
+                self.attributes.expire(hidden)
             if hidden is not None and _must_hide(hidden):
                 if (await self._client.lookup(cred, old.fh, name)).fh == hidden.fh:
                     return  # both names are the same file: POSIX says do nothing
@@ -333,11 +340,15 @@ class FileSystem:
         file.handles -= 1
         if file.handles:
             return
-        inode = self._open.pop(file.ino)
-        inode.open_file = None
         if file.sillyname is not None:
+            # Still open until the hidden name is gone, since until then it counts as a link.
             parent, name = file.sillyname
             await self._remove_hidden(self._inodes.get(parent), name, handle.cred)
+            file.sillyname = None
+            self._forget_attributes(self._inodes.get(file.ino))
+            if file.handles:
+                return  # opened again meanwhile, by another link
+        self._open.pop(file.ino).open_file = None
 
     # -- directories -------------------------------------------------------------------------------
 
@@ -361,7 +372,9 @@ class FileSystem:
         directory = listing.inode
         known = [e for e in chosen if e.fh is not None and e.attr is not None and e.name not in (b".", b"..")]
         inodes = self._inodes.enter(
-            Found(directory.ino, e.name, e.fh, e.fileid) for e in known if e.fh is not None
+            Found(directory.ino, e.name, e.fh, e.fileid, e.attr.fsid)
+            for e in known
+            if e.fh is not None and e.attr is not None
         )
         shown: dict[bytes, Entry] = {}
         for entry, inode in zip(known, inodes, strict=True):
@@ -397,14 +410,17 @@ class FileSystem:
         """The inode as the kernel shall see it now."""
         attr = inode.attr
         assert attr is not None
-        if inode.open_file is not None and inode.open_file.dirty_end > attr.size:
-            attr = attr._replace(size=inode.open_file.dirty_end)
+        file = inode.open_file
+        if file is not None and file.dirty_end > attr.size:
+            attr = attr._replace(size=file.dirty_end)
+        if file is not None and file.sillyname is not None:
+            attr = attr._replace(nlink=attr.nlink - 1)  # the hidden name does not count
         inode.kernel_size_bytes = attr.size
-        return Entry(inode.ino, attr, entry_timeout_s, self.attributes.remaining_s(inode))
+        return Entry(inode.ino, inode.generation, attr, entry_timeout_s, self.attributes.remaining_s(inode))
 
     def _enter(self, parent: int, name: bytes, fh: bytes, attr: Fattr | None, asked_at: float) -> Entry:
         assert attr is not None
-        (inode,) = self._inodes.enter((Found(parent, name, fh, attr.fileid),))
+        (inode,) = self._inodes.enter((Found(parent, name, fh, attr.fileid, attr.fsid),))
         self.attributes.update(inode, attr, asked_at)
         return self._entry(inode, self._entry_timeout_s(self._inodes.get(parent), positive=True))
 
@@ -450,6 +466,12 @@ class FileSystem:
         else:
             self.attributes.update(inode, result.attr, asked_at)
         return result.access & wanted == wanted
+
+    def _forget_attributes(self, inode: Inode) -> None:
+        """They changed by a call of ours that returned no new ones."""
+        self.attributes.expire(inode)
+        if self.attributes.kernel is not None:
+            self.attributes.kernel.drop_attributes(inode.ino)
 
     def _check_kernel_size(self, inode: Inode) -> None:
         """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.

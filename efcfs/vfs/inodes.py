@@ -29,8 +29,8 @@ MAP_BYTES = 4 * 1024**3
 MAX_IN_MEMORY = 16_384
 OWN_NUMBERS = 1 << 62
 
-# nlookup, parent, attributes fetched at, attribute timeout, length of fh, attributes known
-_RECORD = struct.Struct(">QQddBB")
+# nlookup, parent, generation, attributes fetched at, attribute timeout, length of fh, attributes known
+_RECORD = struct.Struct(">QQIddBB")
 _FATTR_BYTES = 84
 _KEY = struct.Struct(">Q")
 
@@ -39,7 +39,7 @@ class Inode:
     """A file that the kernel knows. `parent` and `name` are where it was last looked up or moved to."""
 
     __slots__ = (
-        "attr", "attr_at", "fh", "ino", "kernel_size_bytes", "name", "nlookup", "open_file", "pages_version",
+        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "name", "nlookup", "open_file", "pages_version",
         "parent", "timeout_s",
     )  # fmt: skip
 
@@ -48,6 +48,8 @@ class Inode:
         self.fh = fh
         self.parent = parent
         self.name = name
+        # Tells the files apart that had this node id one after the other.
+        self.generation = 0
         self.nlookup = 0
         self.attr: Fattr | None = None
         # Monotonic seconds, the same clock for every daemon since boot.
@@ -66,6 +68,7 @@ class Found(NamedTuple):
     name: bytes
     fh: bytes
     fileid: int
+    fsid: int
 
 
 class Inodes:
@@ -109,14 +112,14 @@ class Inodes:
         """The inodes of these names, each with one lookup more, and safely in the index."""
         inodes = []
         with self._env.begin(write=True) as txn:
-            for parent, name, fh, fileid in found:
+            for parent, name, fh, fileid, fsid in found:
                 known = txn.get(fh, db=self._by_fh)
                 if known is not None:
                     inode = self.get(_KEY.unpack(known)[0], txn)
                     if inode.ino != ROOT_INO:
                         inode.parent, inode.name = parent, name
                 else:
-                    inode = Inode(self._number(txn, fileid), fh, parent, name)
+                    inode = self._new(txn, fh, parent, name, fileid, fsid)
                     txn.put(fh, _KEY.pack(inode.ino), db=self._by_fh)
                     self._remember(inode, txn)
                 inode.nlookup += 1
@@ -145,6 +148,11 @@ class Inodes:
             txn.put(_KEY.pack(new_parent) + new_name, _KEY.pack(inode.ino), db=self._by_name)
             self._put(txn, inode)
 
+    def removed(self, parent: int, name: bytes) -> None:
+        """The name is gone; its file may live on under other names or handles."""
+        with self._env.begin(write=True, db=self._by_name) as txn:
+            txn.delete(_KEY.pack(parent) + name)
+
     def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
         """The kernel dropped so many lookups of each node id; at none left the identity goes."""
         with self._env.begin(write=True) as txn:
@@ -170,10 +178,24 @@ class Inodes:
         with self._env.begin() as txn:
             return int(txn.stat(self._by_ino)["entries"])
 
-    def _number(self, txn: lmdb.Transaction, fileid: int) -> int:
-        taken = fileid in self._inodes or txn.get(_KEY.pack(fileid), db=self._by_ino) is not None
-        if ROOT_INO < fileid < OWN_NUMBERS and not taken:
-            return fileid
+    def _new(self, txn: lmdb.Transaction, fh: bytes, parent: int, name: bytes, fileid: int, fsid: int) -> Inode:
+        if not ROOT_INO < fileid < OWN_NUMBERS:
+            return Inode(self._own_number(), fh, parent, name)
+        try:
+            old = self.get(fileid, txn)
+        except KeyError:
+            return Inode(fileid, fh, parent, name)
+        if old.open_file is not None or old.attr is None or old.attr.fsid != fsid:
+            return Inode(self._own_number(), fh, parent, name)
+        # The server gave a removed file's number to a new file. The generation tells the kernel; the
+        # lookups that it counted for the old one will still be forgotten under this number.
+        inode = Inode(fileid, fh, parent, name)
+        inode.generation = old.generation + 1
+        inode.nlookup = old.nlookup
+        txn.delete(old.fh, db=self._by_fh)
+        return inode
+
+    def _own_number(self) -> int:
         self._next_own += 1
         return self._next_own
 
@@ -195,7 +217,7 @@ class Inodes:
     def _put(self, txn: lmdb.Transaction, inode: Inode) -> None:
         known = inode.attr is not None
         head = _RECORD.pack(
-            inode.nlookup, inode.parent, inode.attr_at, inode.timeout_s, len(inode.fh), known
+            inode.nlookup, inode.parent, inode.generation, inode.attr_at, inode.timeout_s, len(inode.fh), known
         )
         attr = nfs3.pack_fattr(inode.attr) if inode.attr is not None else b""
         txn.put(_KEY.pack(inode.ino), head + inode.fh + attr + inode.name, db=self._by_ino)
@@ -205,11 +227,12 @@ class Inodes:
             record = txn.get(_KEY.pack(ino))
         if record is None:
             return None
-        nlookup, parent, attr_at, timeout_s, fh_bytes, known = _RECORD.unpack_from(record)
+        nlookup, parent, generation, attr_at, timeout_s, fh_bytes, known = _RECORD.unpack_from(record)
         fh_end = _RECORD.size + fh_bytes
         name_at = fh_end + (_FATTR_BYTES if known else 0)
         inode = Inode(ino, record[_RECORD.size : fh_end], parent, record[name_at:])
         inode.nlookup = nlookup
+        inode.generation = generation
         if known:
             inode.attr = nfs3.unpack_fattr(record, fh_end)
             inode.attr_at = attr_at

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import Ganesha, Mount, Place, Proxy
+from tests.bed import Ganesha, Mount, Proxy
+from tests.place import Place
 
 
 @pytest.fixture

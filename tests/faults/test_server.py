@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import Ganesha, Mount, Place
+from tests.bed import Ganesha, Mount
+from tests.place import wait_until
 
 FILE_BYTES = 8 * 1024 * 1024
 
@@ -92,7 +93,7 @@ def test_a_server_stopped_for_five_seconds_costs_time_and_nothing_else(own_serve
         finally:
             own_server.resume()
         time.sleep(2)
-        Place.wait_until(lambda: mount.status()["server"] == {"state": "up"})
+        wait_until(lambda: mount.status()["server"] == {"state": "up"})
 
     with Mount(own_server, tmp_path / "mnt") as mount:
         assert under_load(mount.path, own_server.directory, disturb) > 4
@@ -136,7 +137,7 @@ def test_a_soft_mount_gives_up_after_timeo_times_retrans(own_server: Ganesha, tm
             assert 1.5 < time.monotonic() - started < 6
         finally:
             own_server.resume()
-        Place.wait_until(lambda: os.listdir(mount.path) == [])
+        wait_until(lambda: os.listdir(mount.path) == [])
 
 
 def test_umount_f_returns_in_five_seconds_with_the_server_away(own_server: Ganesha, tmp_path: Path) -> None:

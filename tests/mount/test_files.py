@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import Place
+from tests.place import Place, wait_until
 
 
 def test_bytes_written_are_on_the_server_after_close(place: Place) -> None:
@@ -145,7 +145,7 @@ def test_a_mapping_that_outlives_its_file_descriptor_is_written_at_last_unmap(pl
     os.close(fd)
     mapping[4096:4100] = b"late"
     mapping.close()
-    place.eventually(lambda: (place.there / "mapped").read_bytes()[4096:4100] == b"late")
+    wait_until(lambda: (place.there / "mapped").read_bytes()[4096:4100] == b"late")
 
 
 def test_a_private_mapping_does_not_change_the_file(place: Place) -> None:
@@ -205,7 +205,7 @@ def test_an_unlinked_open_file_can_still_be_read_and_written_and_leaves_nothing(
         assert file.read() == b"still here"
         file.write(b", and more")
         assert os.pread(file.fileno(), 100, 0) == b"still here, and more"
-    place.eventually(lambda: os.listdir(place.there) == [])
+    wait_until(lambda: os.listdir(place.there) == [])
 
 
 def test_a_file_that_is_renamed_and_then_removed_while_open_can_still_be_read(place: Place) -> None:
@@ -215,7 +215,7 @@ def test_a_file_that_is_renamed_and_then_removed_while_open_can_still_be_read(pl
         os.unlink(place.here / "final")
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert file.read() == b"contents"
-    place.eventually(lambda: os.listdir(place.there) == [])
+    wait_until(lambda: os.listdir(place.there) == [])
 
 
 def test_renaming_over_an_open_file_leaves_its_reader_the_old_contents(place: Place) -> None:
@@ -226,7 +226,7 @@ def test_renaming_over_an_open_file_leaves_its_reader_the_old_contents(place: Pl
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert file.read() == b"old"
     assert (place.here / "target").read_bytes() == b"new"
-    place.eventually(lambda: os.listdir(place.there) == ["target"])
+    wait_until(lambda: os.listdir(place.there) == ["target"])
 
 
 def test_reading_a_directory_and_opening_what_does_not_exist_fail_as_posix_says(place: Place) -> None:
@@ -251,7 +251,7 @@ def test_extended_attributes_are_not_supported(place: Place) -> None:
 
 def test_statfs_tells_of_the_servers_file_system(place: Place) -> None:
     here, there = os.statvfs(place.here), os.statvfs(place.there)
-    assert here.f_namemax == 255
+    assert here.f_namemax >= 255
     assert here.f_blocks * here.f_frsize == pytest.approx(there.f_blocks * there.f_frsize, rel=0.01)
 
 

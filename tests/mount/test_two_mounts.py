@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import Place
+from tests.place import Place
 
 
 @pytest.fixture
 def two(place: Place, mount_factory) -> tuple[Path, Path]:  # type: ignore[no-untyped-def]
     """The same directory through two mounts."""
-    return place.here, place.in_mount(mount_factory())
+    return place.here, place.through(mount_factory())
 
 
 def test_what_one_mount_wrote_and_closed_the_other_reads_after_open(two: tuple[Path, Path]) -> None:
@@ -73,6 +73,15 @@ def test_a_file_replaced_by_rename_is_read_anew(two: tuple[Path, Path]) -> None:
     assert (b / "config").read_bytes() == b"new and longer"
 
 
+def test_a_file_removed_and_made_again_by_the_other_is_read_anew(two: tuple[Path, Path]) -> None:
+    a, b = two
+    (a / "file").write_bytes(b"old")
+    assert (b / "file").read_bytes() == b"old"
+    (a / "file").unlink()
+    (a / "file").write_bytes(b"a new one")
+    assert (b / "file").read_bytes() == b"a new one"
+
+
 def test_a_change_on_the_server_is_read_after_open(place: Place) -> None:
     (place.there / "file").write_bytes(b"first")
     assert (place.here / "file").read_bytes() == b"first"
@@ -81,7 +90,7 @@ def test_a_change_on_the_server_is_read_after_open(place: Place) -> None:
 
 
 def test_with_noac_a_change_is_seen_by_stat_at_once(place: Place, mount_factory) -> None:  # type: ignore[no-untyped-def]
-    here = place.in_mount(mount_factory("noac"))
+    here = place.through(mount_factory("noac"))
     (place.there / "file").write_bytes(b"1")
     assert (here / "file").stat().st_size == 1
     (place.there / "file").write_bytes(b"22")
@@ -89,7 +98,7 @@ def test_with_noac_a_change_is_seen_by_stat_at_once(place: Place, mount_factory)
 
 
 def test_a_read_only_mount_refuses_writes_and_reads(place: Place, mount_factory) -> None:  # type: ignore[no-untyped-def]
-    here = place.in_mount(mount_factory("ro"))
+    here = place.through(mount_factory("ro"))
     (place.there / "file").write_bytes(b"data")
     assert (here / "file").read_bytes() == b"data"
     with pytest.raises(OSError, match="Read-only"):

@@ -1,0 +1,240 @@
+"""The one place where mount options are declared, typed, validated and documented.
+
+Options are spelled as nfs(5) spells them where the meaning is the same. `parse` turns the command line's
+words into a `MountConfig`, which travels to the keeper and the daemon as JSON.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from efcfs.nfs.client import ServerOptions
+
+# mount(2) flags
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_DIRSYNC = 1, 2, 4, 8, 16, 128
+MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME = 1024, 2048, 1 << 21, 1 << 24
+
+
+class UsageError(Exception):
+    """What the user asked for makes no sense; str() is the line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountConfig:
+    """One mount, as asked for. Seconds and bytes where the names say so."""
+
+    host: str
+    export: str
+    mountpoint: str
+    addresses: tuple[str, ...] = ()
+    port: int | None = None
+    mountport: int | None = None
+    nconnect: int = 4
+    rsize: int | None = None
+    wsize: int | None = None
+    timeo_s: float = 60.0
+    retrans: int = 2
+    soft: bool = False
+    acregmin_s: float = 3.0
+    acregmax_s: float = 60.0
+    acdirmin_s: float = 30.0
+    acdirmax_s: float = 60.0
+    cto: bool = True
+    lookupcache: str = "all"
+    allow_other: bool = True
+    resvport: bool = True
+    read_only: bool = False
+    mount_flags: int = MS_NODEV | MS_NOSUID
+    verbose: bool = False
+
+    @property
+    def source(self) -> str:
+        """SERVER:/EXPORT, as /proc/mounts shows it."""
+        return f"[{self.host}]:{self.export}" if ":" in self.host else f"{self.host}:{self.export}"
+
+    @property
+    def server(self) -> ServerOptions:
+        return ServerOptions(
+            host=self.host, addresses=self.addresses, port=self.port, mountport=self.mountport,
+            nconnect=self.nconnect, timeo_s=self.timeo_s, retrans=self.retrans, soft=self.soft,
+            rsize=self.rsize, wsize=self.wsize, resvport=self.resvport,
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> "MountConfig":
+        addresses = values.pop("addresses")
+        assert isinstance(addresses, (list, tuple))
+        return cls(addresses=tuple(map(str, addresses)), **values)  # type: ignore[arg-type]  # our own to_json
+
+
+class Option(NamedTuple):
+    """One mount option: how its value is read and what it sets in MountConfig."""
+
+    name: str
+    value: str  # what stands after "=" in the help; "" for an option without
+    help: str
+    sets: Callable[[str], dict[str, object]]
+
+
+def _number(name: str, low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise UsageError(f"option {name}={text}: expected a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _setting(field: str, name: str, low: int, high: int, scale: float = 1) -> Callable[[str], dict[str, object]]:
+    read = _number(name, low, high)
+    return lambda text: {field: read(text) if scale == 1 else read(text) * scale}
+
+
+def _seconds(name: str, *fields: str) -> Callable[[str], dict[str, object]]:
+    read = _number(name, 0, 86_400)
+    return lambda text: {field: float(read(text)) for field in fields}
+
+
+def _fixed(**values: object) -> Callable[[str], dict[str, object]]:
+    return lambda _: dict(values)
+
+
+def _choice(name: str, choices: dict[str, dict[str, object]], why: str) -> Callable[[str], dict[str, object]]:
+    def read(text: str) -> dict[str, object]:
+        if text not in choices:
+            raise UsageError(f"option {name}={text}: {why}")
+        return dict(choices[text])
+
+    return read
+
+
+def _addresses(text: str) -> dict[str, object]:
+    found = re.findall(r"\[([^\]]+)\]|([^:\[\]]+)", text)
+    addresses = tuple(v6 or v4 for v6, v4 in found)
+    if not addresses or ":".join(f"[{a}]" if ":" in a else a for a in addresses) != text:
+        raise UsageError(f"option addr={text}: expected addresses such as 10.0.0.1:10.0.0.2 or [fd00::1]:[fd00::2]")
+    return {"addresses": addresses}
+
+
+_AC_FIELDS = ("acregmin_s", "acregmax_s", "acdirmin_s", "acdirmax_s")
+_V3 = _choice("vers", {"3": {}, "3.0": {}}, "efcfs speaks NFSv3 only: use vers=3 or leave it out")
+
+OPTIONS = (
+    Option("ro", "", "mount read-only", _fixed(read_only=True)),
+    Option("rw", "", "mount for reading and writing (default)", _fixed(read_only=False)),
+    Option("port", "N", "the server's NFS port (default: ask its portmapper, else 2049)",
+           _setting("port", "port", 1, 65535)),
+    Option("mountport", "N", "the port of its mountd (default: ask its portmapper)",
+           _setting("mountport", "mountport", 1, 65535)),
+    Option("addr", "A[:B…]", "addresses to connect to, IPv6 in brackets (default: all that the name has)", _addresses),
+    Option("nconnect", "N", "data links, 1 to 64 (default 4); metadata has links of its own",
+           _setting("nconnect", "nconnect", 1, 64)),
+    Option("rsize", "BYTES", "largest READ, 4096 to 1048576 (default: what the server takes)",
+           _setting("rsize", "rsize", 4096, 1048576)),
+    Option("wsize", "BYTES", "largest WRITE, 4096 to 1048576 (default: what the server takes)",
+           _setting("wsize", "wsize", 4096, 1048576)),
+    Option("timeo", "DECISECONDS", "how long the server may be silent at mount, and one try of a soft mount (600)",
+           _setting("timeo_s", "timeo", 1, 36000, 0.1)),
+    Option("retrans", "N", "a soft mount fails a call after timeo x retrans (default 2)",
+           _setting("retrans", "retrans", 1, 100)),
+    Option("hard", "", "wait for a server that is away, for ever (default)", _fixed(soft=False)),
+    Option("soft", "", "fail calls with ETIMEDOUT after timeo x retrans", _fixed(soft=True)),
+    Option("acregmin", "SECONDS", "attributes of files are fresh at least so long (3)",
+           _seconds("acregmin", "acregmin_s")),
+    Option("acregmax", "SECONDS", "and at most so long, when they do not change (60)",
+           _seconds("acregmax", "acregmax_s")),
+    Option("acdirmin", "SECONDS", "the same for directories (30)", _seconds("acdirmin", "acdirmin_s")),
+    Option("acdirmax", "SECONDS", "the same for directories (60)", _seconds("acdirmax", "acdirmax_s")),
+    Option("actimeo", "SECONDS", "sets all four", _seconds("actimeo", *_AC_FIELDS)),
+    Option("noac", "", "the same as actimeo=0", _fixed(**dict.fromkeys(_AC_FIELDS, 0.0))),
+    Option("ac", "", "cache attributes (default)", _fixed()),
+    Option("cto", "", "close-to-open: every open asks the server (default)", _fixed(cto=True)),
+    Option("nocto", "", "open asks only when the attributes are no longer fresh", _fixed(cto=False)),
+    Option("lookupcache", "all|positive|none", "which names the kernel may keep (all)",
+           _choice("lookupcache", {"all": {"lookupcache": "all"}, "none": {"lookupcache": "none"},
+                                   "pos": {"lookupcache": "positive"}, "positive": {"lookupcache": "positive"}},
+                   "expected all, positive or none")),
+    Option("allow_other", "", "other users may use the mount (default for root)", _fixed(allow_other=True)),
+    Option("noallow_other", "", "only the user who mounts may use it (default for others)", _fixed(allow_other=False)),
+    Option("resvport", "", "connect from ports below 1024 (default for root)", _fixed(resvport=True)),
+    Option("noresvport", "", "connect from any port", _fixed(resvport=False)),
+    Option("vers", "3", "NFS version; there is only this one", _V3),
+    Option("nfsvers", "3", "the same", _V3),
+    Option("proto", "tcp", "transport; there is only this one",
+           _choice("proto", {"tcp": {}, "tcp6": {}}, "efcfs speaks TCP only: use proto=tcp or leave it out")),
+    Option("sec", "sys", "security flavor; there is only this one",
+           _choice("sec", {"sys": {}}, "efcfs speaks sec=sys only: use sec=sys or leave it out")),
+)  # fmt: skip
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+# Words that mount(8) acts on, or that mean something to the kernel's NFS client only.
+ACCEPTED = frozenset(
+    "_netdev nofail auto noauto user users nouser owner group defaults bg fg intr nointr lock nolock "
+    "acl noacl mand nomand async tcp sharecache nosharecache rdirplus nordirplus fsc nofsc iversion "
+    "noiversion silent loud lazytime nolazytime diratime atime remount".split()
+)
+_ACCEPTED_PREFIXES = ("x-", "X-", "comment=", "local_lock=", "context=", "retry=", "mountvers=", "mountproto=",
+                      "mounthost=", "mountaddr=", "clientaddr=", "helper=")  # fmt: skip
+_FLAGS = {
+    "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC, "sync": MS_SYNCHRONOUS, "dirsync": MS_DIRSYNC,
+    "noatime": MS_NOATIME, "nodiratime": MS_NODIRATIME, "relatime": MS_RELATIME, "strictatime": MS_STRICTATIME,
+}  # fmt: skip
+_UNSET = {"suid": MS_NOSUID, "dev": MS_NODEV, "exec": MS_NOEXEC, "norelatime": MS_RELATIME}
+
+_SOURCE = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.%\w]+)\]|(?P<host>[^:/\[\]\s]+)):(?P<export>/.*)")
+
+
+def parse(source: str, mountpoint: str, words: Sequence[str], *, sloppy: bool = False) -> MountConfig:
+    """The mount that was asked for; `words` are -o arguments. Raises UsageError.
+
+    sloppy: unknown options are left out, as `mount -s` wants.
+    """
+    match = _SOURCE.fullmatch(source)
+    if match is None:
+        raise UsageError(f"'{source}' is not SERVER:/EXPORT: write it as in nas.example.com:/data or [fd00::1]:/data")
+    root = os.geteuid() == 0
+    values: dict[str, object] = {"allow_other": root, "resvport": root}
+    flags = 0 if root else MS_NOSUID | MS_NODEV
+    for word in (w for words_ in words for w in words_.split(",") if w):
+        name, equals, value = word.partition("=")
+        option = _BY_NAME.get(name)
+        if option is not None:
+            if bool(equals) != bool(option.value):
+                expected = f"{name}={option.value}" if option.value else f"{name} without a value"
+                raise UsageError(f"option {word}: expected {expected}")
+            values.update(option.sets(value))
+        elif word in _FLAGS:
+            flags |= _FLAGS[word]
+        elif word in _UNSET:
+            flags &= ~_UNSET[word]
+        elif word == "udp":
+            raise UsageError("option udp: efcfs speaks TCP only")
+        elif not sloppy and word not in ACCEPTED and not word.startswith(_ACCEPTED_PREFIXES):
+            near = difflib.get_close_matches(name, [*_BY_NAME, *ACCEPTED, *_FLAGS, *_UNSET], 1)
+            hint = f"did you mean {near[0]}?" if near else "`efcfs mount --help` lists them"
+            raise UsageError(f"unknown option '{name}': {hint}")
+    if values.get("read_only"):
+        flags |= MS_RDONLY
+    values["mount_flags"] = flags
+    config = MountConfig(
+        match["v6"] or match["host"], match["export"], mountpoint, **values  # type: ignore[arg-type]
+    )
+    for low, high, what in (
+        (config.acregmin_s, config.acregmax_s, "acreg"), (config.acdirmin_s, config.acdirmax_s, "acdir"),
+    ):  # fmt: skip
+        if low > high:
+            raise UsageError(f"option {what}min={low:g}: more than {what}max={high:g}")
+    return config
+
+
+def options_help() -> str:
+    """The table of options for `efcfs mount --help`."""
+    rows = [(f"{o.name}={o.value}" if o.value else o.name, o.help) for o in OPTIONS]
+    width = max(len(left) for left, _ in rows) + 2
+    return "\n".join(f"  {left:<{width}}{right}" for left, right in rows)

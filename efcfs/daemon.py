@@ -1,0 +1,104 @@
+"""The composition root: builds the parts of one mount and runs them.
+
+Started by the keeper (`python -m efcfs.daemon FD`), to which it says, in this order: connected, ready,
+unmounted; or error. It may be killed and started again at any time.
+"""
+
+import base64
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import trio
+
+from efcfs import control
+from efcfs.config import MountConfig
+from efcfs.fuse.operations import Operations
+from efcfs.fuse.session import serve
+from efcfs.keeper import MESSAGE_BYTES, log_to
+from efcfs.nfs.client import Client, ConnectError, connect
+from efcfs.vfs.attributes import Timeouts
+from efcfs.vfs.errors import SERVER_ERRORS
+from efcfs.vfs.filesystem import FilesystemOptions, FileSystem, open_filesystem
+
+log = logging.getLogger(__name__)
+
+
+async def run(keeper: socket.socket, request: dict[str, object]) -> None:
+    """Connect, take over /dev/fuse, serve until unmounted."""
+    values = request["config"]
+    assert isinstance(values, dict)
+    config = MountConfig.from_json(values)
+    options = FilesystemOptions(
+        timeouts=Timeouts(config.acregmin_s, config.acregmax_s, config.acdirmin_s, config.acdirmax_s),
+        lookupcache=config.lookupcache,
+        cto=config.cto,
+    )
+    async with (
+        connect(config.server, config.export) as client,
+        open_filesystem(client, options, Path(str(request["state_dir"]))) as fs,
+        trio.open_nursery() as nursery,
+    ):
+        say(keeper, connected=True)
+        await trio.lowlevel.wait_readable(keeper)
+        data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES, 1)
+        if not fds:
+            return  # the keeper changed its mind
+        hand_over = json.loads(data)
+
+        async def status(_: control.Answer) -> control.Answer:
+            return describe(client, config, request)
+
+        nursery.start_soon(control.serve, Path(str(request["runtime_dir"])) / "control", {"status": status})
+        await serve(
+            Operations(fs, nursery), fds[0], base64.b64decode(hand_over["init"]), first=bool(hand_over["first"]),
+            on_ready=lambda: say(keeper, ready=True),
+        )  # fmt: skip
+        await finish(fs, config)
+        nursery.cancel_scope.cancel()
+    say(keeper, unmounted=True)
+
+
+async def finish(fs: FileSystem, config: MountConfig) -> None:
+    """The mount is gone. Nothing should be dirty now; what is gets a last chance."""
+    with trio.move_on_after(config.timeo_s) as scope:
+        await fs.sync_all()
+    if scope.cancelled_caught:
+        log.error("%s: %d bytes could not be written", config.mountpoint, fs.writer.dirty_bytes)
+
+
+def describe(client: Client, config: MountConfig, request: dict[str, object]) -> control.Answer:
+    """One mount's object of `efcfs status --json`."""
+    return {
+        "mountpoint": config.mountpoint,
+        "source": config.source,
+        "keeper_pid": request["keeper_pid"],
+        "daemon_pid": os.getpid(),
+        "uptime_s": round(time.time() - float(str(request["started_at"])), 1),
+        "server": {"state": client.server_state()},
+        "links": client.links(),
+    }
+
+
+def say(keeper: socket.socket, **message: object) -> None:
+    keeper.send(json.dumps(message).encode())
+
+
+def main() -> None:
+    keeper = socket.socket(fileno=int(sys.argv[1]))
+    request = json.loads(keeper.recv(MESSAGE_BYTES))
+    log_to(request["log"], bool(request["verbose"]))
+    try:
+        trio.run(run, keeper, request)
+    except ConnectError as error:
+        say(keeper, error=str(error), code=32)
+    except SERVER_ERRORS as error:
+        say(keeper, error=f"the server does not let the export's root be read: {error}", code=32)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Serving an open /dev/fuse: the first start, a restart and an upgrade are the same thing.
+
+libfuse insists on opening a session with FUSE_INIT. The keeper has read the kernel's INIT request once and
+keeps it, so every daemon plays it to libfuse over a socketpair, and only then puts the real /dev/fuse in the
+socket's place. The reply that libfuse writes is improved on its way to the kernel, which sees only the
+first one.
+"""
+
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import pyfuse3
+import trio
+
+# <linux/fuse.h>, protocol 7.36 and later
+FUSE_AUTO_INVAL_DATA = 1 << 12
+FUSE_PARALLEL_DIROPS = 1 << 18
+FUSE_CACHE_SYMLINKS = 1 << 23
+FUSE_EXPLICIT_INVAL_DATA = 1 << 25
+FUSE_NOTIFY_RESEND = 7
+
+# Requests of one mount that the kernel may have waiting here: enough for readahead over 64 links.
+MAX_BACKGROUND = 256
+CONGESTION_THRESHOLD = 192
+# A hard mount whose server is away parks each caller in a task; beyond these, cached answers wait too.
+MAX_TASKS = 512
+MIN_TASKS = 8
+
+_IN_FLAGS = struct.Struct("<I")
+_IN_FLAGS_AT = 40 + 12
+_OUT_FLAGS = struct.Struct("<IHH")  # flags, max_background, congestion_threshold
+_OUT_FLAGS_AT = 16 + 12
+
+
+def amend_init_reply(request: bytes, reply: bytes) -> bytes:
+    """libfuse's INIT reply with what the kernel offered, efcfs can serve and libfuse does not ask for.
+
+    PARALLEL_DIROPS: or lookups in one directory go one at a time. CACHE_SYMLINKS: targets do not change.
+    No AUTO_INVAL_DATA: it would drop the pages that we wrote ourselves whenever their mtime comes back from
+    the server; the file system invalidates by itself.
+    """
+    (offered,) = _IN_FLAGS.unpack_from(request, _IN_FLAGS_AT)
+    flags, _, _ = _OUT_FLAGS.unpack_from(reply, _OUT_FLAGS_AT)
+    flags |= offered & (FUSE_PARALLEL_DIROPS | FUSE_CACHE_SYMLINKS | FUSE_EXPLICIT_INVAL_DATA)
+    flags &= ~FUSE_AUTO_INVAL_DATA
+    amended = bytearray(reply)
+    _OUT_FLAGS.pack_into(amended, _OUT_FLAGS_AT, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD)
+    return bytes(amended)
+
+
+async def serve(
+    operations: pyfuse3.Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[], None]
+) -> None:
+    """Serve the mount behind `fuse_fd` until it is unmounted.
+
+    first: nobody served it before, so the kernel waits for the INIT reply; otherwise requests that died
+    with the daemon before are asked for again (kernel 6.9 or later).
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    number = theirs.detach()
+    pyfuse3.init(operations, f"/dev/fd/{number}", set())
+    try:
+        reply = await _shake_hands(ours, number, init_request)
+        os.dup2(fuse_fd, number)
+        os.close(fuse_fd)
+        if first:
+            os.write(number, amend_init_reply(init_request, reply))
+        else:
+            os.write(number, struct.pack("<IiQ", 16, FUSE_NOTIFY_RESEND, 0))
+        on_ready()
+        await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+    finally:
+        ours.close()
+        pyfuse3.close(unmount=False)
+
+
+async def _shake_hands(ours: socket.socket, number: int, init_request: bytes) -> bytes:
+    """Let libfuse answer the INIT request; returns its reply."""
+    reply = b""
+    async with trio.open_nursery() as nursery:
+        ended = trio.Event()
+
+        async def first_main() -> None:
+            await pyfuse3.main(1, 1)
+            ended.set()
+
+        nursery.start_soon(first_main)
+        ours.send(init_request)
+        await trio.lowlevel.wait_readable(ours)
+        reply = ours.recv(65536)
+        while not ended.is_set():
+            # main's tasks wait for the socket one after the other; each is told to stop.
+            trio.lowlevel.notify_closing(number)
+            await trio.lowlevel.checkpoint()
+    return reply

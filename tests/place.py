@@ -1,0 +1,50 @@
+"""A directory as a mount shows it and as it lies on the server."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bed import Mount
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`here`: through the mount. `there`: the same directory on the server's disk."""
+
+    mount: Mount
+    here: Path
+    there: Path
+
+    @classmethod
+    def of(cls, mount: Mount, there: Path) -> "Place":
+        """The exported directory `there` through `mount`."""
+        return cls(mount, mount.path / there.name, there)
+
+    def through(self, mount: Mount) -> Path:
+        """The same directory through another mount."""
+        return mount.path / self.there.name
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    """Poll; fails the test when the condition does not come true in time."""
+    ends = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < ends, "the condition did not come true"
+        time.sleep(0.02)
+
+
+def daemon_rss_bytes(mount: Mount) -> int:
+    """Resident memory of the mount's daemon."""
+    pid = mount.status()["daemon_pid"]
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmRSS")
+
+
+def small_tmpfs(directory: Path, size_bytes: int) -> None:
+    """Put a small file system at `directory`, to be filled up; the caller unmounts it."""
+    directory.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "small", directory], check=True)
