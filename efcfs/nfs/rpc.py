@@ -205,7 +205,7 @@ class Receiver:
         # What was received and not yet parsed is _store[_start:_end].
         self._store = memoryview(bytearray(BUFFER_BYTES))
         self._start = self._end = 0
-        # The bytes from _start that belong to what has been begun: a record in _store, a fragment, padding.
+        # The bytes from _start that belong to what has been begun: a record in _store, a fragment.
         self._expected_bytes = 0
         # Whether sink_for has been asked about the record at _start.
         self._asked = False
@@ -297,7 +297,6 @@ class Receiver:
             sink.target[:received_bytes] = payload[:received_bytes]
             self._direct = sink.target[received_bytes:]
             self._start = start + sink.head_bytes + received_bytes
-            self._expected_bytes = self._padding_bytes
         elif MARK_BYTES + length_bytes > BUFFER_BYTES:
             own = memoryview(bytearray(length_bytes))
             own[:have] = head
@@ -316,7 +315,6 @@ class Receiver:
         records.append(self._pending)
         self._pending = None
         self._start += self._padding_bytes
-        self._expected_bytes = 0
         return True
 
     def _parse_fragment(self, records: list[Record]) -> bool:

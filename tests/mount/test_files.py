@@ -5,12 +5,14 @@ import hashlib
 import mmap
 import os
 import random
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
-from tests.place import Place, wait_until
+from tests.bed import Ganesha, Mount
+from tests.place import Place, small_tmpfs, wait_until
 
 
 def test_bytes_written_are_on_the_server_after_close(place: Place) -> None:
@@ -255,18 +257,20 @@ def test_statfs_tells_of_the_servers_file_system(place: Place) -> None:
     assert here.f_blocks * here.f_frsize == pytest.approx(there.f_blocks * there.f_frsize, rel=0.01)
 
 
-def test_a_full_server_is_reported_by_fsync_or_close(tmp_path: Path, place: Place) -> None:
-    limit = place.small_server_directory(8 * 1024 * 1024)
-    fd = os.open(limit / "file", os.O_WRONLY | os.O_CREAT)
-    reported = []
+def test_a_full_server_is_reported_once_by_fsync_or_close(tmp_path: Path) -> None:
+    small = tmp_path / "exported"
+    small_tmpfs(small, 8 * 1024 * 1024)
     try:
-        for _ in range(24):
-            os.write(fd, os.urandom(1024 * 1024))
-        os.fsync(fd)
-    except OSError as error:
-        reported.append(error.errno)
-    try:
-        os.close(fd)
-    except OSError as error:
-        reported.append(error.errno)
-    assert reported == [errno.ENOSPC]
+        with Ganesha(tmp_path) as server, Mount(server, tmp_path / "mnt") as mount:
+            fd = os.open(mount.path / "file", os.O_WRONLY | os.O_CREAT)
+            reported = []
+            for _ in range(24):
+                os.write(fd, os.urandom(1024 * 1024))
+            for call in (os.fsync, os.fsync, os.close):
+                try:
+                    call(fd)
+                except OSError as error:
+                    reported.append(error.errno)
+            assert reported == [errno.ENOSPC]
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)

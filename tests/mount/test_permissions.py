@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bed import Ganesha, Mount
 from tests.place import Place
 
 ALICE, BOB, STAFF = 12345, 12346, 23456
@@ -114,16 +115,17 @@ def test_an_open_file_stays_writable_after_its_mode_was_taken_away(place: Place)
     assert (place.there / "file").read_bytes() == b"12"
 
 
-@pytest.mark.parametrize("squash", ["Root_Squash"])
-def test_under_root_squash_root_is_nobody(squash: str, squashed_place: Place) -> None:
-    place = squashed_place
-    (place.there / "root-only").write_text("secret")
-    os.chmod(place.there / "root-only", 0o600)
-    with pytest.raises(PermissionError):
-        (place.here / "root-only").read_text()
-    os.chmod(place.there, 0o755)
-    with pytest.raises(PermissionError):
-        (place.here / "new").touch()
-    os.chmod(place.there, 0o777)
-    (place.here / "new").touch()
-    assert os.stat(place.there / "new").st_uid == 65534
+def test_under_root_squash_root_is_nobody(tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("squashed")
+    with Ganesha(root, squash="Root_Squash") as server, Mount(server, root / "mnt") as mount:
+        here, there = mount.path, server.directory
+        (there / "root-only").write_text("secret")
+        os.chmod(there / "root-only", 0o600)
+        with pytest.raises(PermissionError):
+            (here / "root-only").read_text()
+        os.chmod(there, 0o755)
+        with pytest.raises(PermissionError):
+            (here / "new").touch()
+        os.chmod(there, 0o777)
+        (here / "new").touch()
+        assert os.stat(there / "new").st_uid == 65534

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from efcfs.nfs import mount3, nfs3, portmap2, rpc, xdr
@@ -330,6 +330,37 @@ def test_a_file_handle_of_more_than_64_bytes_is_malformed(entry_attr: Fattr | No
         mount3.decode_mnt(memoryview(server.encode_mnt(mount3.MntResult(0, bytes(65), ()))), 0)
 
 
+def words(*values: int) -> memoryview:
+    return memoryview(b"".join(map(xdr.u32, values)))
+
+
+@pytest.mark.parametrize(
+    ("decode", "results", "why"),
+    [
+        (nfs3.decode_access, words(0, 2, 0), "value 2"),  # attributes_follow
+        (nfs3.decode_setattr, words(0, 2, 0), "value 2"),  # of wcc_data
+        (nfs3.decode_create, words(0, 2, 0, 0, 0), "value 2"),  # handle_follows
+        (nfs3.decode_read, words(0, 0, 0, 2, 0), "value 2"),  # eof
+        (nfs3.decode_write, words(0, 0, 0, 1, 3, 0, 0), "stable_how 3"),
+        (nfs3.decode_pathconf, words(0, 0, 1, 255, 1, 1, 2, 1), "value 2"),
+        (nfs3.decode_readdir, words(0, 0, 0, 0, 2, 0, 7, 0, 0, 1, 0, 1), "value 2"),  # an entry follows
+        (nfs3.decode_readdir, words(0, 0, 0, 0, 0, 2), "value 2"),  # eof
+        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 2, 1), "value 2"),  # an entry follows
+        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 2, 0, 0, 1), "value 2"),  # attributes
+        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 0, 2, 0, 1), "value 2"),  # handle
+        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 0, 0, 2, 1), "value 2"),  # next entry
+        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 0, 2), "value 2"),  # eof
+        (mount3.decode_dump, words(2), "value 2"),
+        (portmap2.decode_dump, words(2), "value 2"),
+    ],
+)
+def test_a_value_that_its_type_does_not_have_is_malformed(
+    decode: Callable[[memoryview, int], object], results: memoryview, why: str
+) -> None:
+    with pytest.raises(ProtocolError, match=why):
+        decode(results, 0)
+
+
 def test_the_tables_name_every_procedure_and_status() -> None:
     assert len(nfs3.PROCEDURE_NAMES) == 22
     for number, name in enumerate(nfs3.PROCEDURE_NAMES):
@@ -497,6 +528,23 @@ def test_a_damaged_reply_has_results_or_is_a_refusal_or_raises_the_protocol_erro
         assert rpc.decode_reply(memoryview(reply)) <= len(reply)
 
 
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (words(1, 0, 0, 0, 0, 0), "type 0"),  # a call
+        (words(1, 1, 2, 0, 0, 0), "reply_stat 2"),
+        (words(1, 1, 0, 0, 0, 6), "accept_stat 6"),
+        (words(1, 1, 1, 2, 0, 0), "reject_stat 2"),
+        (words(1, 1, 0, 0, 0, 1, 9), "too many"),  # after PROG_UNAVAIL nothing may come
+        (words(1, 1, 0, 0, 0, 2, 2, 4, 9), "too many"),
+        (words(1, 1, 1, 1, 5, 9), "too many"),
+    ],
+)
+def test_a_reply_with_a_value_that_rpc_does_not_have_is_malformed(reply: memoryview, why: str) -> None:
+    with pytest.raises(ProtocolError, match=why):
+        rpc.decode_reply(reply)
+
+
 @pytest.mark.parametrize("kind", RpcRefusal)
 def test_a_refusal_cut_anywhere_raises_the_protocol_error(kind: RpcRefusal) -> None:
     reply = server.refused(1, kind, 2, 4)
@@ -600,7 +648,7 @@ def joined(wanted: Expected, record: Record) -> bytes:
 head_sizes = st.none() | st.sampled_from([28, 44, 128])
 small_records = st.lists(st.tuples(st.integers(4, 600), head_sizes), min_size=1, max_size=6)
 edges = st.sampled_from([4, 127, 128, 129, 65403, 65404, 65405, 65531, 65532, 65533, 65536, 70001, 200_003])
-large_records = st.lists(st.tuples(edges, head_sizes), min_size=1, max_size=4)
+large_records = st.lists(st.tuples(edges, head_sizes), min_size=2, max_size=5)
 fragmentations = st.lists(st.integers(1, 400), max_size=3)
 first_sizes = st.sampled_from([1, 4, 131, 132, 133, 1000, 65536])
 
@@ -632,6 +680,8 @@ def test_records_and_payloads_are_the_same_however_the_stream_is_cut(
     ),
     first_sizes,
 )
+@example([(65403, 44), (70001, None), (4, None)], [], [8192], 132)
+@example([(200_003, None), (65402, 128), (70001, None), (65532, None)], [], [65536], 65536)
 def test_records_around_and_beyond_the_size_of_the_buffer_are_the_same_too(
     sizes: list[tuple[int, int | None]], cuts: list[int], chunks: list[int], first_bytes: int
 ) -> None:

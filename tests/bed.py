@@ -1,0 +1,337 @@
+"""The test bed: a real NFS server, a proxy that spoils links, and mounts of the command under test.
+
+`python -m tests.bed serve DIRECTORY` runs a server until it is killed and prints its ports as JSON; the demo
+and the benchmarks use that.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+
+READY_S = 30.0
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+NFS, MOUNT, PORTMAP = (100003, 3), (100005, 3), (100000, 2)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def answers_null(port: int, program: tuple[int, int], timeout_s: float = 1.0) -> bool:
+    """Does an RPC program answer its NULL procedure (RFC 5531 §9)?"""
+    call = struct.pack(">11I", 0x80000000 | 40, 7, 0, 2, *program, 0, 0, 0, 0, 0)
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as sock:
+            sock.settimeout(timeout_s)
+            sock.sendall(call)
+            reply = sock.recv(28)
+    except OSError:
+        return False
+    return len(reply) == 28 and struct.unpack(">7I", reply)[1:4] == (7, 1, 0) and reply[-4:] == bytes(4)
+
+
+def die_with_parent() -> None:
+    """Called in a child: no server outlives the tests."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start_rpcbind() -> None:
+    """One for the machine; left running, as a system's own would be."""
+    if answers_null(111, PORTMAP):
+        return
+    with open(os.devnull, "w") as nowhere:
+        subprocess.Popen(["rpcbind", "-w", "-f"], stdout=nowhere, stderr=nowhere, start_new_session=True)
+    ends = time.monotonic() + READY_S
+    while not answers_null(111, PORTMAP):
+        assert time.monotonic() < ends, "rpcbind does not answer"
+        time.sleep(0.05)
+
+
+class Ganesha:
+    """NFS-Ganesha exporting `directory` (made in `root`) as /export, on ports of its own."""
+
+    export = "/export"
+
+    def __init__(self, root: Path, squash: str = "No_Root_Squash", protocols: str = "3,4") -> None:
+        self.root = root
+        self.directory = root / "exported"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.chmod(0o777)
+        self.port, self.mount_port = free_port(), free_port()
+        self.config = root / "ganesha.conf"
+        # Attr_Expiration_Time: tests also change files behind the server's back.
+        self.config.write_text(
+            f"""
+            NFS_CORE_PARAM {{
+                NFS_Port = {self.port}; MNT_Port = {self.mount_port}; NLM_Port = {free_port()};
+                Bind_addr = 127.0.0.1; NFS_Protocols = {protocols}; Enable_RQUOTA = false; mount_path_pseudo = true;
+            }}
+            NFSv4 {{ Graceless = true; }}
+            EXPORT {{
+                Export_Id = 1; Path = {self.directory}; Pseudo = {self.export}; Access_Type = RW;
+                Squash = {squash}; SecType = sys; Transports = TCP; Protocols = {protocols};
+                Attr_Expiration_Time = 0; FSAL {{ Name = VFS; }}
+            }}
+            EXPORT {{
+                Export_Id = 2; Path = {root}; Pseudo = /denied; Access_Type = None; Transports = TCP;
+                Protocols = {protocols}; FSAL {{ Name = VFS; }}
+            }}
+            """
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Ganesha":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        start_rpcbind()
+        self.process = subprocess.Popen(
+            ["ganesha.nfsd", "-F", "-f", self.config, "-L", self.root / "ganesha.log", "-p", self.root / "pid"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent,
+        )  # fmt: skip
+        ends = time.monotonic() + READY_S
+        program = NFS
+        while not (answers_null(self.port, program) or self._answers_v4()):
+            assert self.process.poll() is None, f"ganesha ended: see {self.root}/ganesha.log"
+            assert time.monotonic() < ends, f"ganesha does not answer: see {self.root}/ganesha.log"
+            time.sleep(0.05)
+
+    def _answers_v4(self) -> bool:
+        return "3" not in self.config.read_text().split("NFS_Protocols = ")[1].split(";")[0] and answers_null(
+            self.port, (100003, 4)
+        )
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+    def pause(self) -> None:
+        """SIGSTOP: the machine's kernel still takes connections and bytes; nobody answers."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL: the next `start` is another server life, with another write verifier."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
+
+class Proxy:
+    """A TCP proxy to one port of this machine, run by a thread a direction.
+
+    delay_s is added to each round trip, half in each direction, without limiting what is under way;
+    cap_bytes_per_s limits each connection towards the client.
+    """
+
+    def __init__(self, port: int, delay_s: float = 0.0, cap_bytes_per_s: float | None = None) -> None:
+        self.target = port
+        self.delay_s = delay_s
+        self.cap_bytes_per_s = cap_bytes_per_s
+        self.bytes_to_client = 0
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self.listener.getsockname()[1]
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._frozen: set[socket.socket] = set()
+        self._thaw = threading.Event()
+        self._closed = False
+
+    def __enter__(self) -> "Proxy":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed = True
+        self._thaw.set()
+        self.refuse()
+        self.cut()
+
+    @property
+    def connections(self) -> int:
+        return len(self._pairs)
+
+    def cut(self) -> None:
+        """Close all connections at once."""
+        pairs, self._pairs = self._pairs, []
+        for sock in (s for pair in pairs for s in pair):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def freeze(self, first: int | None = None) -> None:
+        """Half-open: the connections that exist (or the first so many) stay and carry nothing more."""
+        for pair in self._pairs[:first]:
+            self._frozen.update(pair)
+
+    def refuse(self) -> None:
+        """Take no more connections."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                client.close()
+                continue
+            for sock in (client, server):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._pairs.append((client, server))
+            Pipe(self, client, server, to_client=False).start()
+            Pipe(self, server, client, to_client=True).start()
+
+
+class Pipe:
+    """One direction of one connection: a thread that reads and one that writes when the time has come."""
+
+    def __init__(self, proxy: Proxy, source: socket.socket, target: socket.socket, *, to_client: bool) -> None:
+        self.proxy, self.source, self.target, self.to_client = proxy, source, target, to_client
+        self.due: deque[tuple[float, bytes]] = deque()
+        self.more = threading.Condition()
+
+    def start(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._write, daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self.source.recv(262144)
+            except OSError:
+                data = b""
+            if self.source in self.proxy._frozen:
+                self.proxy._thaw.wait()
+                data = b""
+            with self.more:
+                while len(self.due) > 64 and data:  # bounded memory; TCP pushes back
+                    self.more.wait()
+                self.due.append((time.monotonic() + self.proxy.delay_s / 2, data))
+                self.more.notify_all()
+            if not data:
+                return
+
+    def _write(self) -> None:
+        free_at = 0.0
+        while True:
+            with self.more:
+                while not self.due:
+                    self.more.wait()
+                at, data = self.due.popleft()
+                self.more.notify_all()
+            cap = self.proxy.cap_bytes_per_s if self.to_client else None
+            at = max(at, free_at)
+            if (wait_s := at - time.monotonic()) > 0:
+                time.sleep(wait_s)
+            if cap:
+                free_at = max(time.monotonic(), at) + len(data) / cap
+            if self.to_client:
+                self.proxy.bytes_to_client += len(data)
+            try:
+                if not data:
+                    self.target.shutdown(socket.SHUT_WR)
+                    return
+                self.target.sendall(data)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.source.shutdown(socket.SHUT_RDWR)
+                return
+
+
+class Mount:
+    """`efcfs mount` of a server's export at `path`, until the context ends."""
+
+    def __init__(self, server: Ganesha, path: Path, options: str = "", *, port: int | None = None) -> None:
+        self.path = path
+        ports = f"port={port or server.port},mountport={server.mount_port}"
+        self.options = f"{ports},{options}" if options else ports
+        self.source = f"127.0.0.1:{server.export}"
+
+    def __enter__(self) -> "Mount":
+        self.path.mkdir(parents=True, exist_ok=True)
+        done = efcfs("mount", "-o", self.options, self.source, str(self.path))
+        assert done.returncode == 0, done.stderr
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            efcfs("umount", "-f", str(self.path))
+        elif os.path.ismount(self.path):
+            self.umount()
+
+    def umount(self, *flags: str) -> None:
+        done = efcfs("umount", *flags, str(self.path))
+        assert done.returncode == 0, done.stderr
+
+    def status(self) -> dict[str, object]:
+        done = efcfs("status", "--json", str(self.path))
+        assert done.returncode == 0, done.stderr
+        (status,) = json.loads(done.stdout)
+        assert isinstance(status, dict)
+        return status
+
+
+def efcfs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command under test."""
+    command = [sys.executable, "-m", "efcfs.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def serve(directory: Path) -> None:
+    """Run a server in `directory` until killed."""
+    server = Ganesha(directory)
+    with server:
+        ports = {"port": server.port, "mountport": server.mount_port, "directory": str(server.directory)}
+        print(json.dumps(ports), flush=True)
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "serve" or shutil.which("ganesha.nfsd") is None:
+        sys.exit("usage: python -m tests.bed serve DIRECTORY   (needs nfs-ganesha: scripts/setup installs it)")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    serve(Path(sys.argv[2]).resolve())

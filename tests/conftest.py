@@ -1,0 +1,56 @@
+"""Fixtures: one server for the session, one mount of it, and a fresh directory for each test."""
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bed import Ganesha, Mount
+from tests.place import Place
+
+MountFactory = Callable[..., Mount]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ganesha]:
+    with Ganesha(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def mount(server: Ganesha, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """The export with default options."""
+    with Mount(server, tmp_path_factory.mktemp("mounted") / "mnt") as mounted:
+        yield mounted
+
+
+@pytest.fixture
+def export(server: Ganesha) -> Iterator[Path]:
+    """A fresh directory in the export, as it lies on the server's disk."""
+    directory = server.directory / uuid.uuid4().hex[:12]
+    directory.mkdir()
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def place(mount: Mount, export: Path) -> Place:
+    """A fresh directory, through the mount and on the server."""
+    return Place.of(mount, export)
+
+
+@pytest.fixture
+def mount_factory(server: Ganesha, tmp_path: Path) -> Iterator[MountFactory]:
+    """Makes more mounts of the export: mount_factory("noac")."""
+    made: list[Mount] = []
+
+    def make(options: str = "") -> Mount:
+        mounted = Mount(server, tmp_path / f"mnt{len(made)}", options)
+        made.append(mounted.__enter__())
+        return mounted
+
+    yield make
+    for mounted in made:
+        mounted.__exit__(None, None, None)
