@@ -86,7 +86,7 @@ class Ganesha:
             NFSv4 {{ Graceless = true; }}
             EXPORT {{
                 Export_Id = 1; Path = {self.directory}; Pseudo = {self.export}; Access_Type = RW;
-                Squash = {squash}; SecType = sys; Transports = TCP; Protocols = {protocols};
+                Squash = {squash}; Anonymous_uid = 65534; Anonymous_gid = 65534; SecType = sys; Transports = TCP; Protocols = {protocols};
                 Attr_Expiration_Time = 0; FSAL {{ Name = VFS; }}
             }}
             EXPORT {{

@@ -1,6 +1,7 @@
 """Fixtures: one server for the session, one mount of it, and a fresh directory for each test."""
 
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +21,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ganesha]:
 
 
 @pytest.fixture(scope="session")
-def mount(server: Ganesha, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """The export with default options."""
-    with Mount(server, tmp_path_factory.mktemp("mounted") / "mnt") as mounted:
-        yield mounted
+def mount(server: Ganesha) -> Iterator[Mount]:
+    """The export with default options, where every user can reach it (pytest's own directories are 0700)."""
+    with tempfile.TemporaryDirectory(prefix="efcfs-test-") as directory:
+        Path(directory).chmod(0o755)
+        with Mount(server, Path(directory) / "mnt") as mounted:
+            yield mounted
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def reply_xid(view: memoryview) -> int:
 
 
 def decode_reply(view: memoryview) -> int:
-    """Where the results begin in the reply record `view`. Raises ProtocolError; RpcRefused without results."""
+    """Where results begin in the reply record `view`. Raises ProtocolError; RpcRefused if it has none."""
     if view[4:24] == _USUAL_REPLY:
         return 24
     reply_xid(view)

@@ -25,6 +25,8 @@ RING_BYTES = RING_BLOCKS * BLOCK_BYTES
 DISORDER_BYTES = 4 * BLOCK_BYTES
 # Rings in use at once, all handles together; the next reader goes without readahead of ours.
 MAX_RINGS = 8
+# Kept for the next reader, since touching 16 MiB of new memory costs as much as receiving it.
+MAX_IDLE_RINGS = 1
 SEQUENTIAL_HITS = 2
 
 
@@ -200,6 +202,9 @@ class Reader:
         """Give the ring back once nothing is received into it any more."""
         window.generation = -1
         if window.ring is not None and not window.fetching:
-            self._idle_rings.append(window.ring)
+            if len(self._idle_rings) < MAX_IDLE_RINGS:
+                self._idle_rings.append(window.ring)
+            else:
+                self._rings -= 1
             window.ring = None
             window.blocks.clear()
