@@ -174,11 +174,12 @@ OPTIONS = (
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 # Words that mount(8) acts on, or that mean something to the kernel's NFS client only.
-ACCEPTED = frozenset(
-    "_netdev nofail auto noauto user users nouser owner group defaults bg fg intr nointr lock nolock "
-    "acl noacl mand nomand async tcp sharecache nosharecache rdirplus nordirplus fsc nofsc iversion "
-    "noiversion silent loud lazytime nolazytime diratime atime remount".split()
-)
+ACCEPTED = frozenset([
+    "_netdev", "nofail", "auto", "noauto", "user", "users", "nouser", "owner", "group", "defaults",
+    "bg", "fg", "intr", "nointr", "lock", "nolock", "acl", "noacl", "mand", "nomand", "async", "tcp",
+    "sharecache", "nosharecache", "rdirplus", "nordirplus", "fsc", "nofsc", "iversion", "noiversion",
+    "silent", "loud", "lazytime", "nolazytime", "diratime", "atime", "remount",
+])  # fmt: skip
 _ACCEPTED_PREFIXES = ("x-", "X-", "comment=", "local_lock=", "context=", "retry=", "mountvers=", "mountproto=",
                       "mounthost=", "mountaddr=", "clientaddr=", "helper=")  # fmt: skip
 _FLAGS = {

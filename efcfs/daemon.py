@@ -23,7 +23,7 @@ from efcfs.keeper import MESSAGE_BYTES, log_to
 from efcfs.nfs.client import Client, ConnectError, connect
 from efcfs.vfs.attributes import Timeouts
 from efcfs.vfs.errors import SERVER_ERRORS
-from efcfs.vfs.filesystem import FilesystemOptions, FileSystem, open_filesystem
+from efcfs.vfs.filesystem import FileSystem, FilesystemOptions, open_filesystem
 
 log = logging.getLogger(__name__)
 

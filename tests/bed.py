@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,16 +23,19 @@ from types import TracebackType
 
 READY_S = 30.0
 PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
+CLONE_NEWNS, MS_REC, MS_PRIVATE, MNT_DETACH = 0x20000, 0x4000, 1 << 18, 2
+_libc = ctypes.CDLL(None, use_errno=True)
 
-NFS, MOUNT, PORTMAP = (100003, 3), (100005, 3), (100000, 2)
+NFS, NFS4, PORTMAP = (100003, 3), (100003, 4), (100000, 2)
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """Below the ephemeral ports, or a client's connection may sit on it when the server restarts."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def answers_null(port: int, program: tuple[int, int], timeout_s: float = 1.0) -> bool:
@@ -50,6 +54,20 @@ def answers_null(port: int, program: tuple[int, int], timeout_s: float = 1.0) ->
 def die_with_parent() -> None:
     """Called in a child: no server outlives the tests."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def without_our_mounts() -> None:
+    """Called in the server's child: a mount namespace without efcfs mounts.
+
+    Ganesha looks at every mounted file system when it starts; one that waits for Ganesha would wait for ever.
+    """
+    die_with_parent()
+    if _libc.unshare(CLONE_NEWNS) != 0 or _libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) != 0:
+        raise OSError(ctypes.get_errno(), "no mount namespace of its own for the server")
+    with open("/proc/self/mounts", "rb") as mounts:
+        for line in mounts.read().splitlines():
+            if b" fuse.efcfs " in line:
+                _libc.umount2(line.split()[1], MNT_DETACH)
 
 
 def start_rpcbind() -> None:
@@ -86,8 +104,8 @@ class Ganesha:
             NFSv4 {{ Graceless = true; }}
             EXPORT {{
                 Export_Id = 1; Path = {self.directory}; Pseudo = {self.export}; Access_Type = RW;
-                Squash = {squash}; Anonymous_uid = 65534; Anonymous_gid = 65534; SecType = sys; Transports = TCP; Protocols = {protocols};
-                Attr_Expiration_Time = 0; FSAL {{ Name = VFS; }}
+                Squash = {squash}; Anonymous_uid = 65534; Anonymous_gid = 65534; SecType = sys;
+                Transports = TCP; Protocols = {protocols}; Attr_Expiration_Time = 0; FSAL {{ Name = VFS; }}
             }}
             EXPORT {{
                 Export_Id = 2; Path = {root}; Pseudo = /denied; Access_Type = None; Transports = TCP;
@@ -110,19 +128,13 @@ class Ganesha:
         start_rpcbind()
         self.process = subprocess.Popen(
             ["ganesha.nfsd", "-F", "-f", self.config, "-L", self.root / "ganesha.log", "-p", self.root / "pid"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=without_our_mounts,  # noqa: PLW1509  # started before any thread
         )  # fmt: skip
         ends = time.monotonic() + READY_S
-        program = NFS
-        while not (answers_null(self.port, program) or self._answers_v4()):
+        while not (answers_null(self.port, NFS) or answers_null(self.port, NFS4)):
             assert self.process.poll() is None, f"ganesha ended: see {self.root}/ganesha.log"
             assert time.monotonic() < ends, f"ganesha does not answer: see {self.root}/ganesha.log"
             time.sleep(0.05)
-
-    def _answers_v4(self) -> bool:
-        return "3" not in self.config.read_text().split("NFS_Protocols = ")[1].split(";")[0] and answers_null(
-            self.port, (100003, 4)
-        )
 
     def stop(self) -> None:
         if self.process is None:

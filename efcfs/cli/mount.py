@@ -92,10 +92,12 @@ def check_mountpoint(mountpoint: str) -> None:
     try:
         mode = os.stat(mountpoint).st_mode
     except FileNotFoundError:
-        raise Failure(f"mount point {mountpoint} does not exist: make it with `mkdir -p {mountpoint}`", EX_MOUNT) from None
+        hint = f"make it with `mkdir -p {mountpoint}`"
+        raise Failure(f"mount point {mountpoint} does not exist: {hint}", EX_MOUNT) from None
     except OSError as error:
         raise Failure(
-            f"mount point {mountpoint} cannot be used ({error.strerror}): `umount -l {mountpoint}` removes a dead mount",
+            f"mount point {mountpoint} cannot be used ({error.strerror}):"
+            f" `umount -l {mountpoint}` removes a dead mount",
             EX_MOUNT,
         ) from None
     if not stat.S_ISDIR(mode):

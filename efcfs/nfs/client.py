@@ -19,10 +19,10 @@ from typing import Generic, Protocol, TypeVar
 import trio
 
 from efcfs.nfs import mount3, nfs3, portmap2
-from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.link import Buffer, Call, CallFailed, Decoder, Link, LinkClosed, TimedOut, call_once, open_link
+from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.pool import Pool
-from efcfs.nfs.rpc import Credential, RpcRefused, RpcRefusal, call_header
+from efcfs.nfs.rpc import Credential, RpcRefusal, RpcRefused, call_header
 from efcfs.nfs.xdr import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -213,9 +213,9 @@ class Client:
         )
         if sent_again and result.status == nfs3.NFS3ERR_EXIST:
             found = await self.lookup(cred, dir_fh, name)
-            if found.attr is not None and found.fh is not None and found.attr.type == nfs3.NF3LNK:
-                if (await self.readlink(cred, found.fh)).target == target:
-                    return _created(found)
+            is_link = found.attr is not None and found.attr.type == nfs3.NF3LNK
+            if is_link and found.fh is not None and (await self.readlink(cred, found.fh)).target == target:
+                return _created(found)
         return _checked(result, SYMLINK)
 
     async def mknod(

@@ -55,8 +55,17 @@ class Call:
     """One RPC call and, later, its result. It keeps its xid when it is sent again (RFC 5531 §9)."""
 
     __slots__ = (
-        "bad_replies", "decode", "description", "sent_at", "sink", "started_at", "size_bytes", "task",
-        "transmissions", "wire", "xid",
+        "bad_replies",
+        "decode",
+        "description",
+        "sent_at",
+        "sink",
+        "size_bytes",
+        "started_at",
+        "task",
+        "transmissions",
+        "wire",
+        "xid",
     )  # fmt: skip
 
     def __init__(

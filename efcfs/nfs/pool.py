@@ -35,8 +35,17 @@ Probe = Callable[[Link], Awaitable[None]]
 class Place:
     """A place for a link in the pool; links come and go in it."""
 
-    __slots__ = ("bulk", "index", "link", "patience_s", "address", "probing", "reconnects", "replaced_at",
-                 "scope")  # fmt: skip
+    __slots__ = (
+        "address",
+        "bulk",
+        "index",
+        "link",
+        "patience_s",
+        "probing",
+        "reconnects",
+        "replaced_at",
+        "scope",
+    )  # fmt: skip
 
     def __init__(self, index: int, bulk: bool, address: str) -> None:
         self.index = index

@@ -39,8 +39,8 @@ class Inode:
     """A file that the kernel knows. `parent` and `name` are where it was last looked up or moved to."""
 
     __slots__ = (
-        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "name", "nlookup", "open_file", "pages_version",
-        "parent", "timeout_s",
+        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "name", "nlookup", "open_file",
+        "pages_version", "parent", "timeout_s",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes, parent: int, name: bytes) -> None:

@@ -14,7 +14,7 @@ from efcfs.nfs.client import Client
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.errors import SERVER_ERRORS
-from efcfs.vfs.openfile import Block, Handle, OpenFile, Window
+from efcfs.vfs.openfile import Block, Handle, Window
 
 log = logging.getLogger(__name__)
 

@@ -99,7 +99,7 @@ def test_a_sticky_directory_protects_the_files_of_others(place: Place) -> None:
 
 
 def test_a_program_that_may_be_executed_and_not_read_runs(place: Place) -> None:
-    (place.there / "true").write_bytes(open("/bin/true", "rb").read())
+    (place.there / "true").write_bytes(Path("/bin/true").read_bytes())
     os.chmod(place.there / "true", 0o711)
     done = subprocess.run([place.here / "true"], user=ALICE, group=ALICE, extra_groups=[], check=False)
     assert done.returncode == 0
