@@ -51,23 +51,20 @@ def answers_null(port: int, program: tuple[int, int], timeout_s: float = 1.0) ->
     return len(reply) == 28 and struct.unpack(">7I", reply)[1:4] == (7, 1, 0) and reply[-4:] == bytes(4)
 
 
-def die_with_parent() -> None:
-    """Called in a child: no server outlives the tests."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def without_our_mounts() -> None:
-    """Called in the server's child: a mount namespace without efcfs mounts.
+def become(command: list[str]) -> None:
+    """Become a server that dies with its parent, in a mount namespace without efcfs mounts.
 
     Ganesha looks at every mounted file system when it starts; one that waits for Ganesha would wait for ever.
+    A process of its own does this, since between fork and exec of a program with threads Python may hang.
     """
-    die_with_parent()
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if _libc.unshare(CLONE_NEWNS) != 0 or _libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) != 0:
         raise OSError(ctypes.get_errno(), "no mount namespace of its own for the server")
     with open("/proc/self/mounts", "rb") as mounts:
         for line in mounts.read().splitlines():
             if b" fuse.efcfs " in line:
                 _libc.umount2(line.split()[1], MNT_DETACH)
+    os.execvp(command[0], command)
 
 
 def start_rpcbind() -> None:
@@ -127,8 +124,9 @@ class Ganesha:
     def start(self) -> None:
         start_rpcbind()
         self.process = subprocess.Popen(
-            ["ganesha.nfsd", "-F", "-f", self.config, "-L", self.root / "ganesha.log", "-p", self.root / "pid"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=without_our_mounts,  # noqa: PLW1509  # started before any thread
+            [sys.executable, "-S", __file__, "exec",
+             "ganesha.nfsd", "-F", "-f", self.config, "-L", self.root / "ganesha.log", "-p", self.root / "pid"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         ends = time.monotonic() + READY_S
         while not (answers_null(self.port, NFS) or answers_null(self.port, NFS4)):
@@ -343,6 +341,8 @@ def serve(directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["exec"]:
+        become(sys.argv[2:])
     if len(sys.argv) != 3 or sys.argv[1] != "serve" or shutil.which("ganesha.nfsd") is None:
         sys.exit("usage: python -m tests.bed serve DIRECTORY   (needs nfs-ganesha: scripts/setup installs it)")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

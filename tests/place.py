@@ -35,6 +35,13 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
         time.sleep(0.02)
 
 
+def links(mount: Mount) -> list[dict[str, str | int]]:
+    """The links of a mount, as `efcfs status --json` tells them."""
+    told = mount.status()["links"]
+    assert isinstance(told, list)
+    return told
+
+
 def daemon_rss_bytes(mount: Mount) -> int:
     """Resident memory of the mount's daemon."""
     pid = mount.status()["daemon_pid"]

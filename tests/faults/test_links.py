@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bed import Ganesha, Mount, Proxy
-from tests.place import Place
+from tests.place import Place, links
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_cut_links_are_replaced_and_no_byte_is_wrong(proxied: tuple[Proxy, Place
         proxy.cut()
 
     read_and_write(place, 6, disturb)
-    assert sum(link["reconnects"] for link in place.mount.status()["links"]) >= 5
+    assert sum(int(link["reconnects"]) for link in links(place.mount)) >= 5
 
 
 def test_a_frozen_link_is_drained_and_replaced(proxied: tuple[Proxy, Place]) -> None:
@@ -78,7 +78,7 @@ def test_a_frozen_link_is_drained_and_replaced(proxied: tuple[Proxy, Place]) -> 
     started = time.monotonic()
     assert (place.here / "data").read_bytes() == data
     assert time.monotonic() - started < 20
-    assert any(link["reconnects"] for link in place.mount.status()["links"])
+    assert any(link["reconnects"] for link in links(place.mount))
 
 
 def test_a_mount_works_with_the_links_that_come_up(server: Ganesha, export: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_mount_works_with_the_links_that_come_up(server: Ganesha, export: Path
         data = os.urandom(5 * 1024 * 1024)
         (place.here / "file").write_bytes(data)
         assert (place.there / "file").read_bytes() == data
-        states = {str(link["address"]): link["state"] for link in mount.status()["links"]}
+        states = {str(link["address"]): link["state"] for link in links(mount)}
         assert states["127.0.0.1"] == "up" and states["127.0.0.9"] == "connecting"
 
 

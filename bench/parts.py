@@ -1,0 +1,88 @@
+"""What the benchmarks share: the C programs, dropping the page cache, and telling the results."""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+BUILD = HERE.parent / "build"
+
+# what → (measured, "≥" or "≤", to reach)
+Targets = dict[str, tuple[float, str, float]]
+
+
+def built(name: str) -> Path:
+    """The C program bench/NAME.c, compiled when it is newer than its binary."""
+    source, binary = HERE / f"{name}.c", BUILD / name
+    if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
+        BUILD.mkdir(exist_ok=True)
+        flags = subprocess.check_output(["pkg-config", "--cflags", "--libs", "fuse3"], text=True).split()
+        subprocess.run(["gcc", "-O2", "-o", binary, source, *flags], check=True)
+    return binary
+
+
+@contextlib.contextmanager
+def floor(mountpoint: Path, files: int, big_bytes: int, timeout_s: float) -> Iterator[Path]:
+    """The floor program mounted at `mountpoint`."""
+    mountpoint.mkdir(exist_ok=True)
+    process = subprocess.Popen([built("floor"), mountpoint, str(files), str(big_bytes), str(timeout_s)])
+    try:
+        ends = time.monotonic() + 10
+        while not os.path.ismount(mountpoint):
+            assert process.poll() is None and time.monotonic() < ends, "the floor program did not mount"
+            time.sleep(0.02)
+        yield mountpoint
+    finally:
+        subprocess.run(["umount", mountpoint], check=False)
+        process.wait(10)
+
+
+class Load:
+    """One run of the load generator."""
+
+    def __init__(self, operation: str, directory: Path, files: int, clients: int, seconds: float) -> None:
+        done = subprocess.run(
+            [built("load"), operation, directory, str(files), str(clients), str(seconds)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        count, elapsed_s, p50, p99 = map(float, done.stdout.split())
+        self.per_second = count / elapsed_s
+        self.p50_us, self.p99_us = p50, p99
+
+
+def drop_page_cache() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def report(
+    name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], targets: Targets
+) -> None:
+    """Print the table and what was reached; write both to bench/results/NAME.json."""
+    console = Console()
+    table = Table(*columns, title=name)
+    for row in rows:
+        table.add_row(*(f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)
+    told = {}
+    for what, (measured, relation, goal) in targets.items():
+        reached = measured >= goal if relation == "≥" else measured <= goal
+        console.print(f"{'reached' if reached else 'MISSED '}  {what}: {measured:.2f} ({relation} {goal:g})")
+        told[what] = {"measured": measured, "goal": f"{relation} {goal:g}", "reached": reached}
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"{name}.json").write_text(
+        json.dumps({"columns": list(columns), "rows": [list(row) for row in rows], "targets": told}, indent=2)
+    )
