@@ -5,12 +5,14 @@ unmounted; or error. It may be killed and started again at any time.
 """
 
 import base64
+import contextlib
 import json
 import logging
 import os
 import socket
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import trio
@@ -27,6 +29,8 @@ from efcfs.vfs.filesystem import FileSystem, FilesystemOptions, open_filesystem
 
 log = logging.getLogger(__name__)
 
+RECONNECT_S = 1.0
+
 
 async def run(keeper: socket.socket, request: dict[str, object]) -> None:
     """Connect, take over /dev/fuse, serve until unmounted."""
@@ -39,7 +43,7 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
         cto=config.cto,
     )
     async with (
-        connect(config.server, config.export) as client,
+        connected(config, patient=bool(request["patient"])) as client,
         open_filesystem(client, options, Path(str(request["state_dir"]))) as fs,
         trio.open_nursery() as nursery,
     ):
@@ -61,6 +65,22 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
         await finish(fs, config)
         nursery.cancel_scope.cancel()
     say(keeper, unmounted=True)
+
+
+@contextlib.asynccontextmanager
+async def connected(config: MountConfig, *, patient: bool) -> AsyncIterator[Client]:
+    """The client. patient: the mount exists and its users wait, so a server that is away is waited for."""
+    async with contextlib.AsyncExitStack() as stack:
+        while True:
+            try:
+                client = await stack.enter_async_context(connect(config.server, config.export))
+                break
+            except ConnectError as error:
+                if not patient:
+                    raise
+                log.warning("%s; trying again", error)
+            await trio.sleep(RECONNECT_S)
+        yield client
 
 
 async def finish(fs: FileSystem, config: MountConfig) -> None:
@@ -98,6 +118,10 @@ def main() -> None:
         say(keeper, error=str(error), code=32)
     except SERVER_ERRORS as error:
         say(keeper, error=f"the server does not let the export's root be read: {error}", code=32)
+    except Exception as error:
+        log.exception("the daemon ends")
+        say(keeper, error=f"internal error ({error}): see the log", code=2)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

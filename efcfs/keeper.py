@@ -19,6 +19,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
 MNT_DETACH = 2
 EX_SYSTEM, EX_MOUNT = 2, 32
+# Mount flags that fusermount3 takes besides nosuid and nodev, which it always sets.
+USER_FLAGS = {1: "ro", 8: "noexec", 16: "sync", 128: "dirsync", 1024: "noatime"}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,14 +50,14 @@ class MountFailed(Exception):
 class Daemon:
     """A running daemon process and the socket to it."""
 
-    def __init__(self, request: dict[str, object], started_at: float) -> None:
+    def __init__(self, request: dict[str, object], started_at: float, *, patient: bool) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = request["daemon"]
         assert isinstance(command, list)
         self.process = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], process_group=0)
         theirs.close()
         self.socket = ours
-        self.send({**request, "keeper_pid": os.getpid(), "started_at": started_at})
+        self.send({**request, "keeper_pid": os.getpid(), "started_at": started_at, "patient": patient})
 
     def send(self, message: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         socket.send_fds(self.socket, [json.dumps(message).encode()], list(fds))
@@ -73,8 +76,8 @@ class Daemon:
         message = self.receive()
         if key in message:
             return
-        self.kill()
         if "error" in message:
+            self.kill()
             raise MountFailed(str(message["error"]), int(str(message.get("code", EX_MOUNT))))
         raise MountFailed(f"the daemon ended too early ({self.how_it_ended()}): see the log", EX_SYSTEM)
 
@@ -121,7 +124,7 @@ def mount_without_root(source: str, mountpoint: str, flags: int, options: str) -
     ours, theirs = socket.socketpair()
     # A comma ends an option of fusermount3, unless a backslash is before it.
     name = source.replace("\\", "\\\\").replace(",", "\\,")
-    options += f",fsname={name},subtype=efcfs" + (",ro" if flags & 1 else "")
+    options = ",".join([options, f"fsname={name}", "subtype=efcfs", *(w for f, w in USER_FLAGS.items() if flags & f)])
     done = subprocess.run(
         [helper, "-o", options, "--", mountpoint], pass_fds=[theirs.fileno()],
         env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}, stderr=subprocess.PIPE, text=True, check=False,
@@ -166,7 +169,7 @@ def run(request: dict[str, object], command: socket.socket) -> int:
     """Bring the mount up, tell the command, and keep it served until it is unmounted."""
     started_at = time.time()
     mountpoint, source = str(request["mountpoint"]), str(request["source"])
-    daemon = Daemon(request, started_at)
+    daemon = Daemon(request, started_at, patient=False)
     stop = watch_signals()
     fd = -1
     try:
@@ -179,13 +182,16 @@ def run(request: dict[str, object], command: socket.socket) -> int:
         init = base64.b64encode(os.read(fd, FUSE_BUFFER_BYTES)).decode()
         daemon.send({"serve": True, "init": init, "first": True}, (fd,))
         daemon.expect("ready")
-    except MountFailed as error:
+        set_read_ahead(mountpoint)
+        command.send(json.dumps({"ready": True, "keeper_pid": os.getpid()}).encode())
+    except (MountFailed, OSError) as error:
+        daemon.kill()
         if fd >= 0:
             unmount(mountpoint)
-        command.send(json.dumps({"error": str(error), "code": error.code}).encode())
-        return error.code
-    set_read_ahead(mountpoint)
-    command.send(json.dumps({"ready": True, "keeper_pid": os.getpid()}).encode())
+        code = error.code if isinstance(error, MountFailed) else EX_SYSTEM
+        with contextlib.suppress(OSError):  # the command may have been interrupted
+            command.send(json.dumps({"error": str(error), "code": code}).encode())
+        return code
     command.close()
     log.info("%s mounted at %s", source, mountpoint)
     return keep(request, daemon, fd, init, stop, started_at)
@@ -208,7 +214,11 @@ def keep(
             daemon.process.wait()
             log.info("%s unmounted", mountpoint)
             return 0
-        log.error("the daemon of %s died (%s)", mountpoint, daemon.how_it_ended())
+        how = daemon.how_it_ended()
+        if connection_ended(fd):
+            log.info("%s unmounted, its daemon ended with %s", mountpoint, how)
+            return 0
+        log.error("the daemon of %s died (%s)", mountpoint, how)
         restarts = [t for t in restarts if t > time.monotonic() - RESTART_WINDOW_S]
         restarts.append(time.monotonic())
         if len(restarts) > MAX_RESTARTS:
@@ -216,13 +226,37 @@ def keep(
                          mountpoint)  # fmt: skip
             unmount(mountpoint)
             return 1
-        daemon = Daemon(request, started_at)
+        daemon = Daemon(request, started_at, patient=True)
+        # The server may be away for long, and the mount may be ended meanwhile.
+        while not (ready := select.select([daemon.socket, stop], [], [], 1.0)[0]) and not connection_ended(fd):
+            pass
+        if daemon.socket not in ready:
+            log.info("ending %s while no daemon serves it", mountpoint)
+            unmount(mountpoint)
+            daemon.kill()
+            return 0
         try:
             daemon.expect("connected")
             daemon.send({"serve": True, "init": init, "first": False}, (fd,))
             daemon.expect("ready")
         except (MountFailed, BrokenPipeError) as error:
             log.error("no new daemon for %s: %s", mountpoint, error)
+
+
+def is_keeper(pid: int) -> bool:
+    """Whether a keeper lives under this pid: neither a zombie nor another program that got the number."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
+            return b"keeper.py" in cmdline.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def connection_ended(fd: int) -> bool:
+    """Whether the kernel has ended the connection. Only while no daemon serves: a poll costs it a wake-up a request."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def watch_signals() -> socket.socket:
@@ -239,17 +273,45 @@ def main() -> int:
     command = socket.socket(fileno=int(sys.argv[1]))
     request = json.loads(command.recv(MESSAGE_BYTES))
     log_to(request["log"], bool(request["verbose"]))
-    runtime, state = request["runtime_dir"], request["state_dir"]
-    for directory in (runtime, state):
-        shutil.rmtree(directory, ignore_errors=True)  # of a mount that ended without cleaning up
-        os.makedirs(directory, mode=0o700)
-    with open(os.path.join(runtime, "keeper.pid"), "w") as file:
+    runtime = str(request["runtime_dir"])
+    try:
+        for kind in ("runtime_dir", "state_dir"):
+            request[kind] = own_directory(str(request[kind]))
+    except MountFailed as error:
+        command.send(json.dumps({"error": str(error), "code": error.code}).encode())
+        return error.code
+    with open(os.path.join(request["runtime_dir"], "keeper.pid"), "w") as file:
         file.write(str(os.getpid()))
+    link = f"{runtime}.{os.getpid()}.link"
+    os.symlink(os.path.basename(request["runtime_dir"]), link)
+    os.rename(link, runtime)
     try:
         return run(request, command)
     finally:
-        for directory in (runtime, state):
-            shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(runtime) == os.path.basename(request["runtime_dir"]):
+                os.unlink(runtime)
+        for kind in ("runtime_dir", "state_dir"):
+            shutil.rmtree(request[kind], ignore_errors=True)
+
+
+def own_directory(name: str) -> str:
+    """Make `name.PID`: a mount that was lazily unmounted may still live under the same name. Raises MountFailed.
+
+    Directories of keepers that ended without cleaning up are removed.
+    """
+    base = os.path.dirname(name)
+    os.makedirs(base, mode=0o700, exist_ok=True)
+    status = os.lstat(base)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise MountFailed(f"{base} must be a directory of uid {os.geteuid()} that nobody else can write: remove it",
+                          EX_SYSTEM)  # fmt: skip
+    for entry in os.listdir(base):
+        left, _, pid = entry.rpartition(".")
+        if left == os.path.basename(name) and pid.isdecimal() and not is_keeper(int(pid)):
+            shutil.rmtree(os.path.join(base, entry), ignore_errors=True)
+    os.mkdir(f"{name}.{os.getpid()}", 0o700)
+    return f"{name}.{os.getpid()}"
 
 
 def log_to(target: str, verbose: bool) -> None:

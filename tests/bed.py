@@ -55,7 +55,6 @@ def become(command: list[str]) -> None:
     """Become a server that dies with its parent, in a mount namespace without efcfs mounts.
 
     Ganesha looks at every mounted file system when it starts; one that waits for Ganesha would wait for ever.
-    A process of its own does this, since between fork and exec of a program with threads Python may hang.
     """
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if _libc.unshare(CLONE_NEWNS) != 0 or _libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) != 0:
@@ -65,6 +64,20 @@ def become(command: list[str]) -> None:
             if b" fuse.efcfs " in line:
                 _libc.umount2(line.split()[1], MNT_DETACH)
     os.execvp(command[0], command)
+
+
+def start_on_request(command: list[str]) -> None:
+    """Start `command` for each line of stdin and print its pid, until stdin ends; the children end with us.
+
+    Tests start servers through such a process: a child of one that has files of a hanging mount open closes
+    them before it can exec, and so would wait for the very server that it is to become.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            become(command)
+        print(child, flush=True)
 
 
 def start_rpcbind() -> None:
@@ -110,7 +123,8 @@ class Ganesha:
             }}
             """
         )
-        self.process: subprocess.Popen[bytes] | None = None
+        self._starter: subprocess.Popen[str] | None = None
+        self._pid = 0
 
     def __enter__(self) -> "Ganesha":
         self.start()
@@ -123,44 +137,47 @@ class Ganesha:
 
     def start(self) -> None:
         start_rpcbind()
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", __file__, "exec",
-             "ganesha.nfsd", "-F", "-f", self.config, "-L", self.root / "ganesha.log", "-p", self.root / "pid"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        if self._starter is None:
+            files = ("-f", self.config, "-L", self.root / "ganesha.log", "-p", self.root / "pid")
+            self._starter = subprocess.Popen(
+                [sys.executable, "-S", __file__, "start", "ganesha.nfsd", "-F", *map(str, files)], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        assert self._starter.stdin is not None and self._starter.stdout is not None
+        self._starter.stdin.write("\n")
+        self._starter.stdin.flush()
+        self._pid = int(self._starter.stdout.readline())
         ends = time.monotonic() + READY_S
         while not (answers_null(self.port, NFS) or answers_null(self.port, NFS4)):
-            assert self.process.poll() is None, f"ganesha ended: see {self.root}/ganesha.log"
             assert time.monotonic() < ends, f"ganesha does not answer: see {self.root}/ganesha.log"
             time.sleep(0.05)
 
     def stop(self) -> None:
-        if self.process is None:
+        if self._starter is None:
             return
-        self.process.send_signal(signal.SIGCONT)
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
+        self._end(signal.SIGTERM)
+        self._starter.communicate(timeout=10)
+        self._starter = None
 
     def pause(self) -> None:
         """SIGSTOP: the machine's kernel still takes connections and bytes; nobody answers."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        os.kill(self._pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
+        os.kill(self._pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL: the next `start` is another server life, with another write verifier."""
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-        self.process = None
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        ends = time.monotonic() + 10
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGCONT)
+            os.kill(self._pid, number)
+            while True:
+                os.kill(self._pid, 0 if time.monotonic() < ends else signal.SIGKILL)
+                time.sleep(0.01)
 
 
 class Proxy:
@@ -341,8 +358,9 @@ def serve(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["exec"]:
-        become(sys.argv[2:])
+    if sys.argv[1:2] == ["start"]:
+        start_on_request(sys.argv[2:])
+        sys.exit()
     if len(sys.argv) != 3 or sys.argv[1] != "serve" or shutil.which("ganesha.nfsd") is None:
         sys.exit("usage: python -m tests.bed serve DIRECTORY   (needs nfs-ganesha: scripts/setup installs it)")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

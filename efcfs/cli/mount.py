@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -36,10 +37,12 @@ def start(
     sloppy: bool = False,
 ) -> int:  # fmt: skip
     """Mount; with foreground, stay until it is unmounted. Raises Failure."""
+    check_not_mounted(mountpoint)  # before its path is resolved, which asks a mount that may hang
     try:
         asked = config.parse(source, os.path.realpath(mountpoint), options, sloppy=sloppy)
     except config.UsageError as error:
         raise Failure(str(error), EX_USAGE) from None
+    check_not_mounted(asked.mountpoint)
     check_mountpoint(mountpoint)
     check_machine()
     uid = os.geteuid()
@@ -75,20 +78,25 @@ def start(
         raise Failure(f"the keeper ended too early (exit code {process.wait()}): see the log", EX_SYSTEM)
     if not foreground:
         return 0
+    # A service manager ends us, not our process group.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            pass  # the keeper got it too and unmounts
+            process.terminate()  # it unmounts; twice does no harm where Ctrl-C has reached it too
 
 
-def check_mountpoint(mountpoint: str) -> None:
+def check_not_mounted(mountpoint: str) -> None:
     mounted = control.find(mountpoint)
     if mounted is not None:
         raise Failure(
             f"{mountpoint} is an efcfs mount already (of {mounted.source}): `efcfs umount {mountpoint}` first",
             EX_MOUNT,
         )
+
+
+def check_mountpoint(mountpoint: str) -> None:
     try:
         mode = os.stat(mountpoint).st_mode
     except FileNotFoundError:

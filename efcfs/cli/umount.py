@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -42,14 +43,27 @@ def umount(mountpoint: str, force: bool, lazy: bool) -> int:
         raise Failure(f"cannot unmount {mountpoint}: {error.strerror}", EX_MOUNT) from None
     if pid is None or lazy:
         return 0
-    if ended(pid, FORCED_WAIT_S if force else WAIT_S):
-        return 0
+    gone = ended(pid, FORCED_WAIT_S if force else WAIT_S)
     if not force:
-        raise Failure(f"{mountpoint} is unmounted, its daemon still writes: see `efcfs status` and the log", EX_MOUNT)
-    for victim in (*children(pid), pid):
+        if not gone:
+            still = f"{mountpoint} is unmounted, its daemon still writes: see `efcfs status` and the log"
+            raise Failure(still, EX_MOUNT)
+        return 0
+    # The keeper first, or it starts another daemon.
+    for victim in () if gone else (pid, *children(pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
+    clear(mounted, pid)
     return 0
+
+
+def clear(mounted: control.Mounted, keeper_pid: int) -> None:
+    """Remove what a killed keeper leaves."""
+    link = mounted.runtime_dir
+    if link.is_symlink() and os.readlink(link) == f"{link.name}.{keeper_pid}":
+        link.unlink()
+    for directory in (link, control.state_dir(mounted.mountpoint, mounted.uid)):
+        shutil.rmtree(f"{directory}.{keeper_pid}", ignore_errors=True)
 
 
 def detach(mounted: control.Mounted, flags: int) -> None:

@@ -75,8 +75,11 @@ class Inodes:
     """All identities of one mount."""
 
     def __init__(self, directory: Path, root_fh: bytes) -> None:
+        # LMDB would make its directory with the mode of its files, which only root can enter.
+        path = directory / "inodes.lmdb"
+        path.mkdir(mode=0o700, exist_ok=True)
         self._env = lmdb.open(
-            str(directory / "inodes.lmdb"), map_size=MAP_BYTES, max_dbs=3, writemap=True, sync=False,
+            str(path), map_size=MAP_BYTES, max_dbs=3, writemap=True, sync=False,
             metasync=False, mode=0o600,
         )  # fmt: skip
         self._by_ino = self._env.open_db(b"ino")

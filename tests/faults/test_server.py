@@ -1,10 +1,14 @@
 """The server stops, dies and comes back while programs work."""
 
 import hashlib
+import multiprocessing
 import os
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 
 import pytest
@@ -15,20 +19,22 @@ from tests.place import wait_until
 FILE_BYTES = 8 * 1024 * 1024
 
 
-class Worker(threading.Thread):
-    """Writes files, syncs some of them, reads them back; keeps what went wrong and the longest step."""
+class Worker:
+    """Writes files, syncs some of them, reads them back; keeps what went wrong and the longest step.
 
-    def __init__(self, directory: Path, seed: int, stop: threading.Event) -> None:
-        super().__init__()
-        self.directory, self.stop, self.rng = directory, stop, random.Random(seed)
+    It runs in a process of its own, so that the test's process has no file of the mount open.
+    """
+
+    def __init__(self, directory: Path, seed: int, until: EventType) -> None:
+        self.directory, self.until, self.rng = directory, until, random.Random(seed)
         self.seed = seed
         self.wrong: list[str] = []
         self.written: dict[str, str] = {}
         self.longest_s = 0.0
 
-    def run(self) -> None:
+    def run(self, results: Connection) -> None:
         number = 0
-        while not self.stop.is_set():
+        while not self.until.is_set():
             name = f"{self.seed}-{number}"
             number += 1
             started = time.monotonic()
@@ -37,6 +43,7 @@ class Worker(threading.Thread):
             except OSError as error:
                 self.wrong.append(f"{name}: {error}")
             self.longest_s = max(self.longest_s, time.monotonic() - started)
+        results.send((self.wrong, self.written, self.longest_s))
 
     def one(self, name: str) -> None:
         data = self.rng.randbytes(self.rng.randrange(1, FILE_BYTES))
@@ -49,38 +56,44 @@ class Worker(threading.Thread):
         os.rename(path, final := path.with_suffix(".done"))
         os.mkdir(self.directory / f"{name}.d")
         os.rmdir(self.directory / f"{name}.d")
-        with open(final, "rb") as file:
-            if file.read() != data:
+        with open(final, "rb") as reread:
+            if reread.read() != data:
                 self.wrong.append(f"{name}: read something else")
         self.written[final.name] = hashlib.sha256(data).hexdigest()
 
 
 @pytest.fixture
-def own_server(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ganesha]:
     with Ganesha(tmp_path_factory.mktemp("own-server")) as server:
         yield server
 
 
-def under_load(directory: Path, there: Path, disturb, *, workers: int = 3) -> float:  # type: ignore[no-untyped-def]
+def under_load(directory: Path, there: Path, disturb: Callable[[], None], *, workers: int = 3) -> float:
     """Run `disturb` while workers work; all they wrote must be on the server. Returns the longest step."""
-    stop = threading.Event()
-    threads = [Worker(directory, i, stop) for i in range(workers)]
-    for thread in threads:
-        thread.start()
+    fork = multiprocessing.get_context("fork")
+    until = fork.Event()
+    running = []
+    for seed in range(workers):
+        ours, theirs = fork.Pipe()
+        process = fork.Process(target=Worker(directory, seed, until).run, args=(theirs,))
+        process.start()
+        theirs.close()
+        running.append((process, ours))
     try:
         disturb()
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join(120)
-    assert [t for t in threads if t.is_alive()] == []
-    assert [w for t in threads for w in t.wrong] == []
-    written = {name: digest for t in threads for name, digest in t.written.items()}
+        until.set()
+        results = [pipe.recv() if pipe.poll(60) else (["a worker hangs"], {}, 0.0) for _, pipe in running]
+        for process, _ in running:
+            process.join(5)
+            process.kill()
+    assert [w for wrong, _, _ in results for w in wrong] == []
+    written = {name: digest for _, files, _ in results for name, digest in files.items()}
     assert len(written) >= workers
     for name, digest in written.items():
         assert hashlib.sha256((there / name).read_bytes()).hexdigest() == digest
     assert sorted(os.listdir(there)) == sorted(written)
-    return max(t.longest_s for t in threads)
+    return float(max(longest_s for _, _, longest_s in results))
 
 
 def test_a_server_stopped_for_five_seconds_costs_time_and_nothing_else(own_server: Ganesha, tmp_path: Path) -> None:
@@ -115,7 +128,7 @@ def test_a_server_killed_and_restarted_twice_under_load_loses_nothing(own_server
 def test_bytes_that_a_dead_server_had_not_committed_are_written_again(own_server: Ganesha, tmp_path: Path) -> None:
     with Mount(own_server, tmp_path / "mnt") as mount:
         data = os.urandom(20 * 1024 * 1024)
-        with open(mount.path / "file", "wb", buffering=0) as file:
+        with open(mount.path / "file", "w+b", buffering=0) as file:
             file.write(data)
             os.stat(mount.path / "file")  # the WRITEs are done after this, and no COMMIT
             own_server.kill()

@@ -29,7 +29,7 @@ NOBODY = 65534
 # Another uid, without the rights of root but for reading the interpreter, wherever that is installed.
 AS_NOBODY = [
     "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,+dac_read_search",
-    "--ambient-caps=+dac_read_search", "--bounding-set=-all,+dac_read_search,+sys_admin,+setuid,+dac_override", "--",
+    "--ambient-caps=+dac_read_search", "--",
 ]  # fmt: skip
 
 
@@ -95,8 +95,9 @@ class Bench:
 
     def state(self, uid: int = 0) -> list[Path]:
         """The mount's directories that exist."""
-        directories = control.runtime_dir(str(self.path), uid), control.state_dir(str(self.path), uid)
-        return [directory for directory in directories if directory.exists()]
+        places = control.runtime_dir(str(self.path), uid), control.state_dir(str(self.path), uid)
+        found = [path for place in places for path in place.parent.glob(f"{place.name}*")]
+        return [path for path in found if path.is_dir() and not path.is_symlink()]
 
     def assert_nothing_is_left(self, uid: int = 0) -> None:
         wait_until(lambda: not self.mounted() and not self.processes() and not self.state(uid))
@@ -120,8 +121,9 @@ class Bench:
                 os.kill(pid, signal.SIGKILL)
         while self.mounted():
             subprocess.run(["umount", "-l", self.path], check=True)
-        for directory in (d for uid in (0, NOBODY) for d in self.state(uid)):
-            subprocess.run(["rm", "-r", directory], check=True)
+        for uid in (0, NOBODY):
+            for place in control.runtime_dir(str(self.path), uid), control.state_dir(str(self.path), uid):
+                subprocess.run(["rm", "-rf", *place.parent.glob(f"{place.name}*")], check=True)
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def test_a_mount_point_in_use_is_refused_and_its_mount_goes_on(bench: Bench) -> 
     link.symlink_to(bench.path)
     for path in (bench.path, link):
         done = bench.run("mount", "-o", bench.ports, bench.source, str(path))
-        bench.assert_refused(done, FAILURE, str(path), "already", "umount", was_mounted=True)
+        bench.assert_refused(done, FAILURE, str(bench.path), "already", "umount", was_mounted=True)
     assert os.path.ismount(bench.path)
     bench.umount()
     bench.assert_nothing_is_left()
@@ -211,7 +213,7 @@ def test_an_interrupted_command_leaves_nothing(bench: Bench) -> None:
             _, complaint = process.communicate(timeout=10)
             connection.close()
     assert process.returncode != 0
-    assert complaint.count("\n") == 1 and complaint.startswith("efcfs: ")
+    assert complaint.strip() == "efcfs: interrupted"
     bench.assert_nothing_is_left()
 
 
@@ -243,16 +245,6 @@ def test_root_without_the_right_to_mount_is_told_which(bench: Bench) -> None:
         program=["setpriv", "--bounding-set=-sys_admin", "--"],
     )  # fmt: skip
     bench.assert_refused(done, SYSTEM, str(bench.path), "CAP_SYS_ADMIN")
-
-
-def test_a_user_who_may_not_mount_there_is_refused(bench: Bench) -> None:
-    for directory in (bench.path.parent, *bench.path.parents[:3]):
-        directory.chmod(0o755)
-    bench.path.chmod(0o755)
-    done = bench.run(
-        *EFCFS, "mount", "-o", f"{bench.ports},noresvport", bench.source, str(bench.path), program=AS_NOBODY
-    )
-    bench.assert_refused(done, SYSTEM, str(bench.path), "access")
 
 
 @pytest.mark.parametrize("library", ["pyfuse3", "lmdb", "trio", "click"])
@@ -319,13 +311,15 @@ def test_a_busy_mount_stays_and_lazy_ends_it_with_its_last_user(bench: Bench) ->
 def test_the_mount_point_of_a_lazily_unmounted_mount_can_be_used_again(bench: Bench) -> None:
     bench.mount()
     name = uuid.uuid4().hex
+    old_keeper = bench.pid("keeper_pid")
     with (bench.path / name).open("w+") as old:
         bench.umount("-l")
         bench.mount()
-        (bench.path / name).write_text("new")
-        assert bench.pid("daemon_pid") in bench.processes()
-        old.write("old goes on")
-        old.flush()
+        assert bench.pid("keeper_pid") != old_keeper
+        old.write("the old one goes on")
+    wait_until(lambda: old_keeper not in bench.processes())
+    assert (bench.path / name).read_text() == "the old one goes on"
+    assert {bench.pid("keeper_pid"), bench.pid("daemon_pid")} <= set(bench.processes())
     bench.umount()
     bench.assert_nothing_is_left()
     (bench.server.directory / name).unlink()
@@ -336,7 +330,7 @@ def test_force_ends_a_mount_whose_server_is_away(bench: Bench) -> None:
     bench.server.pause()
     try:
         stuck = subprocess.Popen(["ls", bench.path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(lambda: "fuse" in Path(f"/proc/{stuck.pid}/wchan").read_text() or stuck.poll() is not None)
+        wait_until(lambda: Path(f"/proc/{stuck.pid}/wchan").read_text() == "request_wait_answer")
         assert stuck.poll() is None
         began = time.monotonic()
         bench.umount("-f")
@@ -370,12 +364,15 @@ def test_a_dead_mount_is_recognised_and_umount_l_clears_it(bench: Bench) -> None
 
 
 def test_the_foreground_logs_to_stderr_and_ends_cleanly_on_sigint_and_sigterm(bench: Bench) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Ctrl-C reaches everything in the terminal's process group; a service manager ends the one it started.
+    for number, send in ((signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)):
         command = [*EFCFS, "mount", "-f", "-o", bench.ports, bench.source, str(bench.path)]
-        with subprocess.Popen(command, env=bench.environment(), stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, env=bench.environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
             wait_until(lambda: bench.mounted() and os.path.ismount(bench.path))
             bench.status()
-            process.send_signal(number)
+            send(process.pid, number)
             _, log = process.communicate(timeout=20)
         assert "mounted" in log and "Traceback" not in log
         bench.assert_nothing_is_left()
@@ -397,19 +394,17 @@ def test_the_keeper_is_small(bench: Bench) -> None:
     bench.umount()
 
 
-def test_a_killed_daemon_is_replaced_and_reads_in_flight_go_on(bench: Bench) -> None:
-    content = os.urandom(32 << 20)
+def test_a_killed_daemon_is_replaced_and_the_mount_answers_without_an_error(bench: Bench) -> None:
     name = uuid.uuid4().hex
-    (bench.server.directory / name).write_bytes(content)
-    bench.mount()
-    with (bench.path / name).open("rb") as file:
-        first = bench.pid("daemon_pid")
-        got = file.read(1 << 20)
-        os.kill(first, signal.SIGKILL)
-        got += file.read()
-    assert got == content
-    wait_until(lambda: bench.run("status", str(bench.path)).returncode == 0)
-    assert bench.pid("daemon_pid") != first
+    (bench.server.directory / name).write_text("content")
+    bench.mount("noac")
+    known = (bench.path / name).stat().st_ino
+    for _ in range(3):
+        killed = bench.pid("daemon_pid")
+        os.kill(killed, signal.SIGKILL)
+        assert (bench.path / name).stat().st_ino == known
+        assert (bench.path / name).read_text() == "content"
+        wait_until(lambda old=killed: bench.status().get("daemon_pid", old) != old)  # type: ignore[misc]
     bench.umount()
     bench.assert_nothing_is_left()
     (bench.server.directory / name).unlink()
@@ -505,7 +500,8 @@ def test_status_of_a_hung_daemon_comes_within_ten_seconds_and_says_so(bench: Ben
 def test_the_control_socket_answers_nonsense_with_an_error_and_goes_on(bench: Bench) -> None:
     bench.mount()
     (mounted,) = (m for m in control.mounts() if m.mountpoint == str(bench.path))
-    for request in ({"cmd": "dance"}, {"cmd": 7}, {}):
+    requests: list[control.Answer] = [{"cmd": "dance"}, {"cmd": 7}, {}]
+    for request in requests:
         assert "error" in control.ask(mounted, request)
     for line in (b"not json\n", b"[1]\n", b"\xff\xfe\n"):
         with socket.socket(socket.AF_UNIX) as client:
@@ -529,21 +525,44 @@ def test_what_a_mount_keeps_is_closed_to_other_users(bench: Bench) -> None:
 # -- a user without root -----------------------------------------------------------------------------
 
 
-def test_a_user_without_root_mounts_through_fusermount3(bench: Bench) -> None:
+@pytest.fixture
+def as_nobody(bench: Bench) -> Iterator[list[str]]:
+    """Runs a program as nobody, in a mount namespace where /dev/fuse is for everybody, as udev makes it."""
     for directory in bench.path.parents[:3]:
         directory.chmod(0o755)
+    device = bench.path.with_name("fuse")
+    prepare = 'mknod -m 666 "$0" c 10 229 && mount --bind "$0" /dev/fuse && echo ready && exec cat'
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", prepare, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"ready\n"
+        yield ["nsenter", f"--mount=/proc/{holder.pid}/ns/mnt", *AS_NOBODY]
+        assert holder.stdin is not None
+        holder.stdin.close()
+
+
+def test_a_user_without_root_mounts_through_fusermount3(bench: Bench, as_nobody: list[str]) -> None:
     os.chown(bench.path, NOBODY, NOBODY)
-    bench.mount("noresvport,ro,noexec,noatime", program=[*AS_NOBODY, *EFCFS])
-    assert {"ro", "nosuid", "nodev", "noexec", "noatime", f"user_id={NOBODY}"} <= bench.flags()
-    assert bench.status()["source"] == bench.source
+    bench.mount("noresvport,ro,noexec,noatime", program=[*as_nobody, *EFCFS])
+    line = bench.run("-F", f" {bench.path} ", "/proc/self/mountinfo", program=[*as_nobody, "grep"]).stdout
+    flags = set(line.split()[5].split(","))
+    assert {"ro", "nosuid", "nodev", "noexec", "noatime"} <= flags
+    assert f"user_id={NOBODY}" in line and "allow_other" not in line
+    done = bench.run("status", "--json", str(bench.path), program=[*as_nobody, *EFCFS])
+    (status,) = json.loads(done.stdout)
+    assert status["source"] == bench.source
     for field in ("keeper_pid", "daemon_pid"):
-        assert os.stat(f"/proc/{bench.pid(field)}").st_uid in (0, NOBODY)
-        status = Path(f"/proc/{bench.pid(field)}/status").read_text()
-        assert status.split("Uid:")[1].split()[0] == str(NOBODY)
-    listed = subprocess.run([*AS_NOBODY, "ls", bench.path], check=False)
-    assert listed.returncode == 0
-    bench.umount(program=[*AS_NOBODY, *EFCFS])
+        assert Path(f"/proc/{status[field]}/status").read_text().split("Uid:")[1].split()[0] == str(NOBODY)
+    assert bench.run(str(bench.path), program=[*as_nobody, "ls"]).returncode == 0
+    bench.umount(program=[*as_nobody, *EFCFS])
     bench.assert_nothing_is_left(NOBODY)
+
+
+def test_a_user_who_may_not_mount_there_is_refused(bench: Bench, as_nobody: list[str]) -> None:
+    done = bench.run(
+        "mount", "-o", f"{bench.ports},noresvport", bench.source, str(bench.path), program=[*as_nobody, *EFCFS]
+    )
+    bench.assert_refused(done, SYSTEM, str(bench.path), "no write access")
 
 
 # -- mount(8) ----------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""Imports point one way: cli → control → daemon → fuse → vfs → cache, nfs (docs/design.md)."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "efcfs"
+MODULES = sorted(ROOT.rglob("*.py"))
+# What a room may import of efcfs, besides itself.
+ALLOWED = {
+    "nfs": set(),
+    "vfs": {"nfs"},
+    "fuse": {"vfs", "nfs"},
+    "config": {"nfs"},
+    "control": set(),
+    "keeper": set(),
+    "daemon": {"config", "control", "fuse", "keeper", "nfs", "vfs"},
+    "cli": {"config", "control", "keeper"},
+}
+CODECS = {"xdr", "rpc", "nfs3", "mount3", "portmap2"}
+
+
+def imported(module: Path) -> set[str]:
+    """The full names of all modules that a module imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def room(module: Path) -> str:
+    return module.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: str(m.relative_to(ROOT)))
+def test_a_module_imports_only_what_its_room_may(module: Path) -> None:
+    if room(module) == "__init__":
+        return
+    of_ours = {name.split(".")[1] for name in imported(module) if name.startswith("efcfs.") and name.count(".")}
+    assert of_ours - {room(module)} <= ALLOWED[room(module)]
+
+
+def test_only_fuse_imports_pyfuse3() -> None:
+    users = {room(module) for module in MODULES if "pyfuse3" in imported(module)}
+    assert users == {"fuse"}
+
+
+def test_only_link_opens_sockets_to_the_server() -> None:
+    users = {m.name for m in MODULES if room(m) in ("nfs", "vfs", "fuse") and "socket.socket(" in m.read_text()}
+    assert users == {"link.py"}
+
+
+def test_codecs_do_no_input_or_output() -> None:
+    for module in MODULES:
+        if module.stem in CODECS:
+            assert not imported(module) & {"socket", "trio", "asyncio", "select", "ssl"}, module
+
+
+def test_only_inodes_knows_lmdb() -> None:
+    assert {m.name for m in MODULES if "lmdb" in imported(m)} == {"inodes.py"}
+
+
+def test_the_keeper_imports_nothing_but_the_standard_library() -> None:
+    tops = {name.split(".")[0] for name in imported(ROOT / "keeper.py")}
+    assert tops <= sys.stdlib_module_names
