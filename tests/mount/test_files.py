@@ -232,8 +232,10 @@ def test_renaming_over_an_open_file_leaves_its_reader_the_old_contents(place: Pl
 
 
 def test_reading_a_directory_and_opening_what_does_not_exist_fail_as_posix_says(place: Place) -> None:
+    fd = os.open(place.here, os.O_RDONLY)
     with pytest.raises(IsADirectoryError):
-        os.read(os.open(place.here, os.O_RDONLY), 10)
+        os.read(fd, 10)
+    os.close(fd)
     with pytest.raises(FileNotFoundError):
         os.open(place.here / "nothing", os.O_RDONLY)
 
