@@ -169,7 +169,9 @@ class Writer:
         if any(e.state is DIRTY for e in file.extents[:-1]):
             self._send_ready(file, but_tail=True)
         file.changed.unpark_all()
-        if sum(e.length_bytes for e in file.extents if e.state is UNSTABLE) >= COMMIT_BYTES:
+        # Short of room even little is worth a COMMIT: many files, each below the limit, would wait for each other.
+        unstable_bytes = sum(e.length_bytes for e in file.extents if e.state is UNSTABLE)
+        if unstable_bytes >= COMMIT_BYTES or self.dirty_bytes > MAX_DIRTY_BYTES // 2:
             self._commit_soon(file)
 
     def _commit_soon(self, file: OpenFile) -> None:

@@ -52,6 +52,18 @@ def test_a_reader_sees_bytes_that_are_not_on_the_server_yet(place: Place) -> Non
         assert os.fstat(file.fileno()).st_size == 15
 
 
+def test_many_open_files_with_unsynced_bytes_do_not_wait_for_each_other(place: Place) -> None:
+    # 240 MiB, more than the daemon keeps, with no file large enough to be committed for itself.
+    data = os.urandom(1024 * 1024)
+    fds = [os.open(place.here / f"{i}", os.O_CREAT | os.O_WRONLY) for i in range(12)]
+    for _ in range(20):
+        for fd in fds:
+            os.write(fd, data)
+    for fd in fds:
+        os.close(fd)
+    assert all((place.there / f"{i}").read_bytes() == data * 20 for i in range(12))
+
+
 def test_random_overwrites_arrive_in_the_order_in_which_they_were_made(place: Place) -> None:
     rng = random.Random(7)
     expected = bytearray(2_000_000)
