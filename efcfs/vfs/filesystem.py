@@ -34,8 +34,8 @@ from efcfs.vfs.writer import Writer, log
 
 # Set by the kernel in open flags when a file is opened to be executed.
 FMODE_EXEC = 0o40
-# pyfuse3 turns utimensat(UTIME_NOW) into the clock's reading; so close to now it was that.
-NOW_TOLERANCE_NS = 5_000_000
+# The kernel turns utimensat(UTIME_NOW) into its own time, and pyfuse3 does not tell; so recent it may have been that.
+MAYBE_NOW_NS = 1_000_000_000
 RENAME_NOREPLACE = 1
 
 
@@ -229,15 +229,20 @@ class FileSystem:
                 await self.writer.flush(file)
         if size_bytes is not None and size_bytes > self._client.max_file_bytes:
             raise OSError(errno.EFBIG, "beyond the server's largest file")
-        now_ns = time.time_ns()
-        sattr = Sattr(
-            None if mode is None else stat.S_IMODE(mode), uid, gid, size_bytes,
-            _time(atime_ns, now_ns), _time(mtime_ns, now_ns),
-        )  # fmt: skip
+        # NFSv3 has no times before 1970.
+        times = (None if t is None else max(0, t) for t in (atime_ns, mtime_ns))
+        sattr = Sattr(None if mode is None else stat.S_IMODE(mode), uid, gid, size_bytes, *times)
         if handle is not None and size_bytes is not None and mode is None and uid is None and gid is None:
             cred = self._handles[handle].cred
         asked_at = time.monotonic()
-        result = await self._client.setattr(cred, inode.fh, sattr)
+        try:
+            result = await self._client.setattr(cred, inode.fh, sattr)
+        except NfsError as error:
+            # Who may write a file but does not own it may set its times to now, and only by the server's clock.
+            by_server = _by_servers_clock(sattr)
+            if error.status not in (nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES) or by_server is None:
+                raise
+            result = await self._client.setattr(cred, inode.fh, by_server)
         inode = self._inodes.get(ino)
         if size_bytes is not None and inode.open_file is not None:
             inode.open_file.generation += 1
@@ -606,11 +611,16 @@ def _wanted_by(flags: int) -> int:
     return wanted
 
 
-def _time(value_ns: int | None, now_ns: int) -> int | None:
-    """Who may write a file but does not own it may set its times to now, and only by the server's clock."""
-    if value_ns is not None and 0 <= now_ns - value_ns < NOW_TOLERANCE_NS:
-        return nfs3.SERVER_TIME
-    return value_ns
+def _by_servers_clock(sattr: Sattr) -> Sattr | None:
+    """The same with times that may have been meant as now left to the server; None when they were not."""
+    now_ns = time.time_ns()
+    given = [t for t in (sattr.atime_ns, sattr.mtime_ns) if t is not None]
+    if not given or any(not 0 <= now_ns - t < MAYBE_NOW_NS for t in given):
+        return None
+    return sattr._replace(
+        atime_ns=None if sattr.atime_ns is None else nfs3.SERVER_TIME,
+        mtime_ns=None if sattr.mtime_ns is None else nfs3.SERVER_TIME,
+    )
 
 
 @contextlib.asynccontextmanager
