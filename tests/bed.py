@@ -170,6 +170,11 @@ class Ganesha:
         """SIGKILL: the next `start` is another server life, with another write verifier."""
         self._end(signal.SIGKILL)
 
+    def restart(self) -> None:
+        """The server dies and comes back on the same ports."""
+        self.kill()
+        self.start()
+
     def _end(self, number: signal.Signals) -> None:
         ends = time.monotonic() + 10
         with contextlib.suppress(ProcessLookupError):
@@ -196,8 +201,8 @@ class Proxy:
         self.port: int = self.listener.getsockname()[1]
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._frozen: set[socket.socket] = set()
-        self._thaw = threading.Event()
-        self._closed = False
+        self._freeze_new = False
+        self._thawed = threading.Event()
 
     def __enter__(self) -> "Proxy":
         threading.Thread(target=self._accept, daemon=True).start()
@@ -206,10 +211,9 @@ class Proxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed = True
-        self._thaw.set()
         self.refuse()
         self.cut()
+        self.thaw()
 
     @property
     def connections(self) -> int:
@@ -223,9 +227,17 @@ class Proxy:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def freeze(self, first: int | None = None) -> None:
-        """Half-open: the connections that exist (or the first so many) stay and carry nothing more."""
+        """Half-open: connections stay, carry nothing more: all and new ones, or the first so many that exist."""
+        self._thawed.clear()
+        self._freeze_new = first is None
         for pair in self._pairs[:first]:
             self._frozen.update(pair)
+
+    def thaw(self) -> None:
+        """What was held goes on its way."""
+        self._freeze_new = False
+        self._frozen.clear()
+        self._thawed.set()
 
     def refuse(self) -> None:
         """Take no more connections."""
@@ -246,6 +258,8 @@ class Proxy:
                 continue
             for sock in (client, server):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._freeze_new:
+                self._frozen.update((client, server))
             self._pairs.append((client, server))
             Pipe(self, client, server, to_client=False).start()
             Pipe(self, server, client, to_client=True).start()
@@ -270,8 +284,7 @@ class Pipe:
             except OSError:
                 data = b""
             if self.source in self.proxy._frozen:
-                self.proxy._thaw.wait()
-                data = b""
+                self.proxy._thawed.wait()
             with self.more:
                 while len(self.due) > 64 and data:  # bounded memory; TCP pushes back
                     self.more.wait()
@@ -325,10 +338,14 @@ class Mount:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            efcfs("umount", "-f", str(self.path))
-        elif os.path.ismount(self.path):
-            self.umount()
+        try:
+            if error is not None:
+                efcfs("umount", "-f", str(self.path))
+            elif is_mounted(self.path):
+                self.umount()
+        finally:
+            if is_mounted(self.path):  # the command failed: no later test may hang in what it left
+                subprocess.run(["umount", "-l", self.path], check=False)
 
     def umount(self, *flags: str) -> None:
         done = efcfs("umount", *flags, str(self.path))
@@ -340,6 +357,12 @@ class Mount:
         (status,) = json.loads(done.stdout)
         assert isinstance(status, dict)
         return status
+
+
+def is_mounted(path: Path) -> bool:
+    """Without touching the mount, which may hang."""
+    name = str(path.parent.resolve() / path.name).replace(" ", "\\040")
+    return any(line.split()[1] == name for line in Path("/proc/self/mounts").read_text().splitlines())
 
 
 def efcfs(*arguments: str) -> subprocess.CompletedProcess[str]:

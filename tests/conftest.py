@@ -1,5 +1,7 @@
 """Fixtures: one server for the session, one mount of it, and a fresh directory for each test."""
 
+import contextlib
+import itertools
 import shutil
 import tempfile
 import uuid
@@ -47,13 +49,10 @@ def place(mount: Mount, export: Path) -> Place:
 @pytest.fixture
 def mount_factory(server: Ganesha, tmp_path: Path) -> Iterator[MountFactory]:
     """Makes more mounts of the export: mount_factory("noac")."""
-    made: list[Mount] = []
+    numbers = itertools.count()
+    with contextlib.ExitStack() as mounts:
 
-    def make(options: str = "") -> Mount:
-        mounted = Mount(server, tmp_path / f"mnt{len(made)}", options)
-        made.append(mounted.__enter__())
-        return mounted
+        def make(options: str = "") -> Mount:
+            return mounts.enter_context(Mount(server, tmp_path / f"mnt{next(numbers)}", options))
 
-    yield make
-    for mounted in made:
-        mounted.__exit__(None, None, None)
+        yield make
