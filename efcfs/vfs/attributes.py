@@ -84,7 +84,11 @@ class Attributes:
                 inode.timeout_s = min(max(inode.timeout_s * 2, low), high)
         else:
             if attr.ctime_ns <= old.ctime_ns and asked_at < inode.attr_at:
-                return  # overtaken on another link by the reply to a later call
+                # Overtaken on another link by the reply to a later call; or, in the same tick of a server's
+                # coarse clock, nobody can tell which is the later one: then the next use asks.
+                if attr.ctime_ns == old.ctime_ns:
+                    self.expire(inode)
+                return
             inode.timeout_s = low
             if own:
                 if inode.pages_version == version(old):

@@ -303,17 +303,25 @@ class FileSystem:
         file = handle.file
         inode = self._inodes.get(file.ino)
         attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
-        if not file.extents:
-            if offset + size_bytes > attr.size and not self.attributes.remaining_s(inode):
+        # What gets committed while we ask may not be in the answer: it is laid over all the same.
+        extents = list(file.extents)
+        if offset + size_bytes > attr.size and not self.attributes.remaining_s(inode):
+            attr = await self.attributes.revalidate(inode, handle.cred)
+        if not extents:
+            there = await self.reader.read(handle, offset, size_bytes, attr.size)
+            if len(there) < min(size_bytes, attr.size - offset):
+                # The kernel takes a short answer for the end of the file, so that must be true.
                 attr = await self.attributes.revalidate(inode, handle.cred)
-            return await self.reader.read(handle, offset, size_bytes, attr.size)
-        size_bytes = min(size_bytes, max(attr.size, file.dirty_end) - offset)
+                there = await self.reader.exactly(handle, offset, min(size_bytes, attr.size - offset))
+            return there
+        size_bytes = min(size_bytes, max(attr.size, *(e.end for e in extents)) - offset)
         if size_bytes <= 0:
             return b""
         target = memoryview(bytearray(size_bytes))
         there = await self.reader.read(handle, offset, size_bytes, attr.size)
         target[: len(there)] = there
-        self.writer.overlay(file, offset, target)
+        earlier = set(map(id, extents))
+        self.writer.overlay([*extents, *(e for e in file.extents if id(e) not in earlier)], offset, target)
         return target
 
     async def write(self, handle_id: int, offset: int, data: bytes) -> int:

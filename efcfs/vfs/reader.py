@@ -91,7 +91,7 @@ class Reader:
             return b""
         window = self._window(handle, offset, size_bytes) if file_bytes > BLOCK_BYTES else None
         if window is None or window.ring is None:
-            return await self._exactly(handle, offset, size_bytes)
+            return await self.exactly(handle, offset, size_bytes)
         return await self._through(window, handle, offset, size_bytes, file_bytes)
 
     def close(self, handle: Handle) -> None:
@@ -100,8 +100,9 @@ class Reader:
         if window is not None:
             self._retire(window)
 
-    async def _exactly(self, handle: Handle, offset: int, size_bytes: int) -> memoryview:
-        target = memoryview(bytearray(size_bytes))
+    async def exactly(self, handle: Handle, offset: int, size_bytes: int) -> memoryview:
+        """The bytes as the server has them now, past all readahead."""
+        target = memoryview(bytearray(max(0, size_bytes)))
         count = await self._fetch(handle.cred, handle.file.fh, offset, target)
         return target[:count]
 
@@ -139,16 +140,16 @@ class Reader:
         for block in needed:
             # A block may have lost its place to a reader further on in the file; then there is no hurry.
             if block is None:
-                return await self._exactly(handle, offset, size_bytes)
+                return await self.exactly(handle, offset, size_bytes)
             await block.done.wait()
         end = offset
         for block in needed:
             assert block is not None
             if block.error is not None or window.blocks.get(block.number) is not block:
-                return await self._exactly(handle, offset, size_bytes)
+                return await self.exactly(handle, offset, size_bytes)
             end = block.number * BLOCK_BYTES + block.length_bytes
-            if block.length_bytes < BLOCK_BYTES:
-                break
+            if block.length_bytes < BLOCK_BYTES and end < min(offset + size_bytes, file_bytes):
+                return await self.exactly(handle, offset, size_bytes)  # the file was shorter when it was fetched
         end = min(end, offset + size_bytes)
         if end <= offset:
             return b""

@@ -10,6 +10,7 @@ close of each handle, once, as the kernel client does.
 
 import logging
 import time
+from collections.abc import Iterable
 
 import trio
 
@@ -107,10 +108,11 @@ class Writer:
         handle.errors_seen = len(errors)
         return errors[seen] if seen < len(errors) else None
 
-    def overlay(self, file: OpenFile, offset: int, target: memoryview) -> None:
-        """Put the bytes that are not yet safe over what the server said, in the order they were written."""
+    @staticmethod
+    def overlay(extents: Iterable[Extent], offset: int, target: memoryview) -> None:
+        """Put written bytes over what the server said, in the order in which they were written."""
         end = offset + len(target)
-        for extent in file.extents:
+        for extent in extents:
             if not extent.overlaps(offset, end):
                 continue
             at = extent.offset
@@ -149,7 +151,7 @@ class Writer:
                     buffers = _after(buffers, result.count)
                     offset += result.count
                     left -= result.count
-                    self._take_over(file, result.wcc.after, asked_at)
+                    self._take_over(file, result.wcc.after, asked_at, offset)
             except SERVER_ERRORS as error:
                 self._failed(file, [extent], error)
                 return
@@ -227,9 +229,13 @@ class Writer:
         file.generation += 1
         self._done(file, extents)
 
-    def _take_over(self, file: OpenFile, attr: Fattr | None, asked_at: float) -> None:
+    def _take_over(self, file: OpenFile, attr: Fattr | None, asked_at: float, written_end: int = 0) -> None:
         # Replies of pipelined WRITEs arrive in any order, so their pre-op attributes tell nothing.
-        self._attributes.update(self._inodes.get(file.ino), attr, asked_at, own=True)
+        inode = self._inodes.get(file.ino)
+        if attr is not None and attr.size < written_end:
+            self._attributes.expire(inode)  # from before this very WRITE, out of a cache of the server's
+        else:
+            self._attributes.update(inode, attr, asked_at, own=True)
 
 
 def _after(buffers: list[Buffer], skip_bytes: int) -> list[Buffer]:
