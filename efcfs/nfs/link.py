@@ -32,6 +32,7 @@ MAX_IOVECS = 512
 # Record mark + head of a READ reply with post-op attributes: the payload after it goes into its target.
 READ_HEAD_BYTES = 132
 ORDINARY_BYTES = 64 * 1024
+MAX_LOW_WATER_BYTES = 512 * 1024
 # A reply that does not decode costs the link; the third one for the same call is the call's own fault.
 MAX_BAD_REPLIES = 3
 
@@ -200,7 +201,13 @@ class Link:
 
     async def _receive(self) -> None:
         receiver = self._receiver
+        low_water = 1
         while True:
+            # Wake up for half a payload rather than for each segment of it.
+            wanted = min(max(1, receiver.certain_bytes), MAX_LOW_WATER_BYTES)
+            if wanted != low_water:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+                low_water = wanted
             await trio.lowlevel.wait_readable(self.sock)
             # A few receives per turn of the loop: fewer wake-ups, yet other links get their turn.
             for _ in range(8):

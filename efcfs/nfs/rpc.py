@@ -219,6 +219,11 @@ class Receiver:
         self._fragment_bytes = 0
         self._last_fragment = False
 
+    @property
+    def certain_bytes(self) -> int:
+        """How many bytes of a payload are still to come."""
+        return len(self._direct)
+
     def buffer(self) -> memoryview:
         """Where to receive next; never empty. Ends the life of the records returned so far."""
         if self._direct:
