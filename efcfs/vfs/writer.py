@@ -8,6 +8,7 @@ sent only when no earlier one below it is still under way. Failed writes are rep
 close of each handle, once, as the kernel client does.
 """
 
+import ctypes
 import logging
 import time
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from efcfs.vfs.openfile import Extent, ExtentState, Handle, OpenFile
 log = logging.getLogger(__name__)
 
 DIRTY, SENDING, UNSTABLE, DONE = ExtentState
+_libc = ctypes.CDLL(None)
 
 # Bytes that are not safe on the server, all files together; more makes write(2) wait.
 MAX_DIRTY_BYTES = 128 * 1024 * 1024
@@ -52,9 +54,15 @@ class Writer:
         self._dirty_files: dict[int, OpenFile] = {}
 
     async def run(self) -> None:
-        """Send tails that nobody continues, until cancelled."""
+        """Send tails that nobody continues and give memory back after work, until cancelled."""
+        trimmed = True
         while True:
             await trio.sleep(TAIL_S)
+            if self.dirty_bytes:
+                trimmed = False
+            elif not trimmed:
+                await trio.to_thread.run_sync(_libc.malloc_trim, 0)  # the keeper tells malloc to keep what is freed
+                trimmed = True
             before = time.monotonic() - TAIL_S
             for file in list(self._dirty_files.values()):
                 self._send_ready(file, written_before=before)
