@@ -46,6 +46,11 @@ class MountConfig:
     lookupcache: str = "all"
     allow_other: bool = True
     resvport: bool = True
+    # The memory tier of the cache; None: a share of the machine's memory.
+    mem_bytes: int | None = None
+    # (directory, bytes) of each disk tier.
+    ssd: tuple[tuple[str, int], ...] = ()
+    verify_memory: bool = False
     read_only: bool = False
     mount_flags: int = MS_NODEV | MS_NOSUID
     verbose: bool = False
@@ -68,9 +73,12 @@ class MountConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "MountConfig":
-        addresses = values.pop("addresses")
-        assert isinstance(addresses, (list, tuple))
-        return cls(addresses=tuple(map(str, addresses)), **values)  # type: ignore[arg-type]  # our own to_json
+        addresses, ssd = values.pop("addresses"), values.pop("ssd")
+        assert isinstance(addresses, (list, tuple)) and isinstance(ssd, (list, tuple))
+        return cls(
+            addresses=tuple(map(str, addresses)), ssd=tuple((str(path), int(size)) for path, size in ssd),
+            **values,  # type: ignore[arg-type]  # our own to_json
+        )  # fmt: skip
 
 
 class Option(NamedTuple):
@@ -122,6 +130,40 @@ def _addresses(text: str) -> dict[str, object]:
     return {"addresses": addresses}
 
 
+_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+
+
+def size_bytes(text: str, what: str, whole_bytes: int | None = None) -> int:
+    """A size such as 200m, 15g or, where there is a whole, 30%. Raises UsageError."""
+    if whole_bytes is not None and text.endswith("%") and text[:-1].isdecimal() and int(text[:-1]) <= 100:
+        return whole_bytes * int(text[:-1]) // 100
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        share = " or a share such as 30%" if whole_bytes is not None else ""
+        raise UsageError(f"{what}: '{text}' is not a size: write it as 200m, 15g or 2t{share}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def memory_bytes() -> int:
+    """How much memory the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _mem(text: str) -> dict[str, object]:
+    wanted = size_bytes(text, f"option mem={text}", memory_bytes())
+    if wanted > memory_bytes():
+        raise UsageError(f"option mem={text}: the machine has {memory_bytes() >> 20} MiB of memory")
+    return {"mem_bytes": wanted}
+
+
+def _ssd(text: str) -> dict[str, object]:
+    path, colon, size = text.rpartition(":")
+    if not colon or not path.startswith("/"):
+        raise UsageError(f"option ssd={text}: expected a directory and a size, as in ssd=/var/cache/efcfs:200g")
+    return {"ssd": ((path, size_bytes(size, f"option ssd={text}")),)}
+
+
 _AC_FIELDS = ("acregmin_s", "acregmax_s", "acdirmin_s", "acdirmax_s")
 _V3 = _choice("vers", {"3": {}, "3.0": {}}, "efcfs speaks NFSv3 only: use vers=3 or leave it out")
 
@@ -160,6 +202,12 @@ OPTIONS = (
            _choice("lookupcache", {"all": {"lookupcache": "all"}, "none": {"lookupcache": "none"},
                                    "pos": {"lookupcache": "positive"}, "positive": {"lookupcache": "positive"}},
                    "expected all, positive or none")),
+    Option("mem", "SIZE|N%", "the cache in memory, of all the user's mounts together (5 % of memory, at most 1g)",
+           _mem),
+    Option("ssd", "DIR:SIZE", "a cache on a local disk; may be given several times", _ssd),
+    Option("verify", "ssd|all", "which cached blocks are checked against their sums at each read (ssd)",
+           _choice("verify", {"ssd": {"verify_memory": False}, "all": {"verify_memory": True}},
+                   "expected ssd or all")),
     Option("allow_other", "", "other users may use the mount (default for root)", _fixed(allow_other=True)),
     Option("noallow_other", "", "only the user who mounts may use it (default for others)", _fixed(allow_other=False)),
     Option("resvport", "", "connect from ports below 1024 (default for root)", _fixed(resvport=True)),
@@ -209,7 +257,10 @@ def parse(source: str, mountpoint: str, words: Sequence[str], *, sloppy: bool = 
             if bool(equals) != bool(option.value):
                 expected = f"{name}={option.value}" if option.value else f"{name} without a value"
                 raise UsageError(f"option {word}: expected {expected}")
-            values.update(option.sets(value))
+            sets = option.sets(value)
+            if name == "ssd":
+                sets = {"ssd": (*values.get("ssd", ()), *sets["ssd"])}  # type: ignore[misc]  # tuples both
+            values.update(sets)
         elif word in _FLAGS:
             flags |= _FLAGS[word]
         elif word in _UNSET:

@@ -64,6 +64,11 @@ def state_dir(mountpoint: str, uid: int) -> Path:
     return Path(f"/dev/shm/efcfs-{uid}") / mount_id(mountpoint)
 
 
+def cache_dir(uid: int) -> Path:
+    """The memory tier of all mounts of a user: gone at reboot, not at umount."""
+    return Path(f"/dev/shm/efcfs-{uid}/cache")
+
+
 def mounts() -> list[Mounted]:
     """All efcfs mounts of this machine, in the order in which they were mounted."""
     found = []

@@ -13,12 +13,16 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 
 import trio
 
 from efcfs import control
-from efcfs.config import MountConfig
+from efcfs.cache.index import Unusable
+from efcfs.cache.store import Store
+from efcfs.cache.tier import Tier
+from efcfs.config import MountConfig, memory_bytes
 from efcfs.fuse.operations import Operations
 from efcfs.fuse.session import serve
 from efcfs.keeper import MESSAGE_BYTES, log_to
@@ -30,6 +34,8 @@ from efcfs.vfs.filesystem import FileSystem, FilesystemOptions, open_filesystem
 log = logging.getLogger(__name__)
 
 RECONNECT_S = 1.0
+DEFAULT_MEM_BYTES = 1024**3
+MIN_MEM_BYTES = 16 * 1024**2
 
 
 async def run(keeper: socket.socket, request: dict[str, object]) -> None:
@@ -41,10 +47,12 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
         timeouts=Timeouts(config.acregmin_s, config.acregmax_s, config.acdirmin_s, config.acdirmax_s),
         lookupcache=config.lookupcache,
         cto=config.cto,
+        server_identity=config.host.encode() + b"\0",
     )
+    store = open_store(config)
     async with (
         connected(config, patient=bool(request["patient"])) as client,
-        open_filesystem(client, options, Path(str(request["state_dir"]))) as fs,
+        open_filesystem(client, options, Path(str(request["state_dir"])), store) as fs,
         trio.open_nursery() as nursery,
     ):
         say(keeper, connected=True)
@@ -55,7 +63,7 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
         hand_over = json.loads(data)
 
         async def status(_: control.Answer) -> control.Answer:
-            return describe(client, config, request)
+            return describe(client, config, request, store)
 
         nursery.start_soon(control.serve, Path(str(request["runtime_dir"])) / "control", {"status": status})
         await serve(
@@ -91,7 +99,42 @@ async def finish(fs: FileSystem, config: MountConfig) -> None:
         log.error("%s: %d bytes could not be written", config.mountpoint, fs.writer.dirty_bytes)
 
 
-def describe(client: Client, config: MountConfig, request: dict[str, object]) -> control.Answer:
+def open_store(config: MountConfig) -> Store | None:
+    """The cache. What cannot be used is left out: a mount does not fail because of its cache."""
+    mem_bytes = config.mem_bytes if config.mem_bytes is not None else min(DEFAULT_MEM_BYTES, memory_bytes() // 20)
+    if config.ssd:
+        mem_bytes = max(mem_bytes, MIN_MEM_BYTES)  # what comes from a disk passes through memory
+    if mem_bytes < MIN_MEM_BYTES:
+        return None
+    disks: list[Tier] = []
+    try:
+        memory = Tier("mem", control.cache_dir(os.geteuid()), mem_bytes, in_memory=True)
+    except (OSError, Unusable) as error:
+        log.error("no cache: %s", error)
+        return None
+    for number, (path, capacity_bytes) in enumerate(config.ssd):
+        try:
+            disks.append(Tier(f"ssd{number}", Path(path), capacity_bytes, in_memory=False))
+        except (OSError, Unusable) as error:
+            log.error("no cache in %s: %s", path, error)
+    return Store(memory, disks, verify_memory=config.verify_memory)
+
+
+def tiers(store: Store | None) -> list[control.Answer]:
+    """The tiers' objects of `efcfs status --json`; the counts are of this daemon."""
+    told: list[control.Answer] = []
+    for tier in store.tiers if store is not None else ():
+        used_bytes, items, capacity_bytes = tier.index.totals()
+        told.append({
+            "name": tier.name, "path": str(tier.directory), "state": "up" if tier.usable() else "failed",
+            "capacity_bytes": capacity_bytes, "used_bytes": used_bytes, "items": items, **asdict(tier.counters),
+        })  # fmt: skip
+    return told
+
+
+def describe(
+    client: Client, config: MountConfig, request: dict[str, object], store: Store | None
+) -> control.Answer:
     """One mount's object of `efcfs status --json`."""
     return {
         "mountpoint": config.mountpoint,
@@ -101,6 +144,7 @@ def describe(client: Client, config: MountConfig, request: dict[str, object]) ->
         "uptime_s": round(time.time() - float(str(request["started_at"])), 1),
         "server": {"state": client.server_state()},
         "links": client.links(),
+        "tiers": tiers(store),
     }
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import trio
 
+from efcfs.cache.store import Store
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError, own_credential
 from efcfs.nfs.nfs3 import Fattr, Sattr
@@ -29,7 +30,7 @@ from efcfs.vfs.directories import Listing
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
 from efcfs.vfs.inodes import ROOT_INO, Found, Inode, Inodes
 from efcfs.vfs.openfile import Handle, OpenFile
-from efcfs.vfs.reader import Fetch, Reader, fetch_from
+from efcfs.vfs.reader import Reader, fetch_from
 from efcfs.vfs.writer import Writer, log
 
 # Set by the kernel in open flags when a file is opened to be executed.
@@ -45,6 +46,8 @@ class FilesystemOptions:
     timeouts: Timeouts = field(default_factory=Timeouts)
     lookupcache: str = "all"  # or "positive", "none", as in nfs(5)
     cto: bool = True
+    # Tells this server's file handles from those of others in a shared cache.
+    server_identity: bytes = b""
 
 
 class Entry(NamedTuple):
@@ -75,11 +78,11 @@ class FileSystem:
     """One mounted export."""
 
     def __init__(
-        self, client: Client, options: FilesystemOptions, inodes: Inodes, nursery: trio.Nursery, fetch: Fetch
+        self, client: Client, options: FilesystemOptions, inodes: Inodes, nursery: trio.Nursery, store: Store | None
     ) -> None:
         self.attributes = Attributes(client, options.timeouts)
         self.writer = Writer(client, self.attributes, inodes, nursery)
-        self.reader = Reader(fetch, nursery)
+        self.reader = Reader(fetch_from(client), store, options.server_identity, self._learn, nursery)
         self._client = client
         self._options = options
         self._inodes = inodes
@@ -244,8 +247,6 @@ class FileSystem:
                 raise
             result = await self._client.setattr(cred, inode.fh, by_server)
         inode = self._inodes.get(ino)
-        if size_bytes is not None and inode.open_file is not None:
-            inode.open_file.generation += 1
         self.attributes.update_wcc(inode, result.wcc, asked_at)
         if result.wcc.after is None:
             await self.attributes.revalidate(inode, cred)
@@ -308,7 +309,7 @@ class FileSystem:
         if offset + size_bytes > attr.size and not self.attributes.remaining_s(inode):
             attr = await self.attributes.revalidate(inode, handle.cred)
         if not extents:
-            there = await self.reader.read(handle, offset, size_bytes, attr.size)
+            there = await self.reader.read(handle, offset, size_bytes, attr)
             if len(there) < min(size_bytes, attr.size - offset):
                 # The kernel takes a short answer for the end of the file, so that must be true.
                 attr = await self.attributes.revalidate(inode, handle.cred)
@@ -318,7 +319,7 @@ class FileSystem:
         if size_bytes <= 0:
             return b""
         target = memoryview(bytearray(size_bytes))
-        there = await self.reader.read(handle, offset, size_bytes, attr.size)
+        there = await self.reader.exactly(handle, offset, min(size_bytes, attr.size - offset))
         target[: len(there)] = there
         earlier = set(map(id, extents))
         self.writer.overlay([*extents, *(e for e in file.extents if id(e) not in earlier)], offset, target)
@@ -348,7 +349,7 @@ class FileSystem:
         file = handle.file
         if file.extents:
             await self.writer.sync(file)  # written through a mapping after close(2)
-        self.reader.close(handle)
+        handle.closed = True
         del self._handles[handle_id]
         file.handles -= 1
         if file.handles:
@@ -479,6 +480,15 @@ class FileSystem:
         else:
             self.attributes.update(inode, result.attr, asked_at)
         return result.access & wanted == wanted
+
+    def _learn(self, ino: int, attr: Fattr, asked_at: float) -> None:
+        """Attributes that came with a READ. While we write ourselves, they tell nothing new."""
+        try:
+            inode = self._inodes.get(ino)
+        except KeyError:
+            return  # forgotten meanwhile
+        if inode.open_file is None or not inode.open_file.extents:
+            self.attributes.update(inode, attr, asked_at)
 
     def _forget_attributes(self, inode: Inode) -> None:
         """They changed by a call of ours that returned no new ones."""
@@ -633,15 +643,20 @@ def _by_servers_clock(sattr: Sattr) -> Sattr | None:
 
 @contextlib.asynccontextmanager
 async def open_filesystem(
-    client: Client, options: FilesystemOptions, state_dir: Path
+    client: Client, options: FilesystemOptions, state_dir: Path, store: Store | None
 ) -> AsyncIterator[FileSystem]:
-    """The file system over `client`, its identities in `state_dir`. Raises `errors.SERVER_ERRORS`."""
+    """The file system over `client`, its identities in `state_dir`, its blocks in `store`.
+
+    Raises `errors.SERVER_ERRORS`.
+    """
     inodes = Inodes(state_dir, client.root_fh)
     try:
         async with open_nursery() as nursery:
-            fs = FileSystem(client, options, inodes, nursery, fetch_from(client))
+            fs = FileSystem(client, options, inodes, nursery, store)
             await fs.attributes.revalidate(inodes.get(ROOT_INO), own_credential())
             nursery.start_soon(fs.writer.run)
+            if store is not None:
+                nursery.start_soon(store.run)
             yield fs
             nursery.cancel_scope.cancel()
     finally:

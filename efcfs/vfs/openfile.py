@@ -1,4 +1,4 @@
-"""What there is of a file only while it is open here: handles, dirty extents, readahead windows.
+"""What there is of a file only while it is open here: handles, dirty extents, streams of reads.
 
 Plain state, no behaviour: `writer.py` and `reader.py` act on it, `filesystem.py` makes and ends it.
 """
@@ -44,7 +44,7 @@ class OpenFile:
     """An inode with at least one handle. `extents` are in the order in which they were written."""
 
     __slots__ = (
-        "changed", "committing", "extents", "fh", "generation", "handles", "ino", "sillyname", "write_errors",
+        "changed", "committing", "extents", "fh", "handles", "ino", "sillyname", "write_errors",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes) -> None:
@@ -57,8 +57,6 @@ class OpenFile:
         self.committing = False
         # Failed writes, oldest first; each handle reports those that came after it looked last.
         self.write_errors: list[int] = []
-        # Counts changes of the contents, ours and others': readahead of an older one is worthless.
-        self.generation = 0
         # (parent's node id, name) to remove at last close.
         self.sillyname: tuple[int, bytes] | None = None
 
@@ -68,41 +66,34 @@ class OpenFile:
         return max((e.end for e in self.extents), default=0)
 
 
+class Stream:
+    """Reads of one handle that follow each other."""
+
+    __slots__ = ("ahead_to", "next_offset", "slack_bytes", "start_offset", "window_bytes")
+
+    def __init__(self, start_offset: int, next_offset: int) -> None:
+        self.start_offset = start_offset
+        self.next_offset = next_offset
+        # How far beyond next_offset a read may begin and still belong to it.
+        self.slack_bytes = 0
+        self.window_bytes = 0
+        # The first extent that is not yet read ahead.
+        self.ahead_to = 0
+
+
 class Handle:
     """One open(2). Remembers who opened it: readahead and write-behind act in that name."""
 
-    __slots__ = ("cred", "errors_seen", "file", "flags", "window")
+    __slots__ = ("closed", "cred", "errors_seen", "file", "flags", "last_offset", "streams", "stride", "stride_hits")
 
     def __init__(self, file: OpenFile, cred: Credential, flags: int) -> None:
         self.file = file
         self.cred = cred
         self.flags = flags
         self.errors_seen = len(file.write_errors)
-        self.window: Window | None = None
-
-
-class Block:
-    """A piece of a readahead window: being fetched or there. `length_bytes` is what the server had of it."""
-
-    __slots__ = ("done", "error", "length_bytes", "number")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.done = trio.Event()
-        self.length_bytes = 0
-        self.error: Exception | None = None
-
-
-class Window:
-    """The readahead of one handle: a ring in which file offset o lies at o modulo the ring's length."""
-
-    __slots__ = ("ahead_bytes", "blocks", "fetching", "generation", "hits", "next_offset", "ring")
-
-    def __init__(self, generation: int) -> None:
-        self.generation = generation
-        self.next_offset = 0
-        self.hits = 0
-        self.ahead_bytes = 0
-        self.ring: memoryview | None = None
-        self.blocks: dict[int, Block] = {}
-        self.fetching = 0
+        self.closed = False
+        # The streams of its reads, the last used first.
+        self.streams: list[Stream] = []
+        self.last_offset = 0
+        self.stride = 0
+        self.stride_hits = 0

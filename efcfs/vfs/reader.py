@@ -1,61 +1,87 @@
-"""The read path: demand reads and readahead over several links.
+"""The read path: what the cache has, demand reads, readahead.
 
-A handle that reads sequentially gets a window: a ring of blocks into which READs are received straight from
-the socket and from which the kernel is answered without a copy. Other reads fetch what was asked and no
-more. `Fetch` is the seam that the block cache takes later: bytes of a file into a buffer.
+A read is answered from the mapping of a cache file, without a copy. What is missing is received straight
+into it, in chunks of 64 KiB for a random read and in extents of 1 MiB for a sequential one; concurrent readers of
+one extent wait for one fetch. Each handle's reads are sorted into streams: sequential ones (several in one
+file) and strided ones are read ahead, others are not. Where the cache has no room the bytes go through a
+buffer of their own.
+
+`FetchFrom` is the seam to the server: bytes of a file into a buffer, and the attributes that belong to them.
 """
 
 import logging
-from typing import Protocol
+import time
+from typing import NamedTuple, Protocol
 
 import trio
 
+from efcfs.cache.index import EXTENT_BYTES
+from efcfs.cache.store import CachedFile, Store, file_key
 from efcfs.nfs.client import Client
+from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
+from efcfs.vfs.attributes import version
 from efcfs.vfs.errors import SERVER_ERRORS
-from efcfs.vfs.openfile import Block, Handle, Window
+from efcfs.vfs.openfile import Handle, Stream
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 1024 * 1024
-RING_BLOCKS = 16
-RING_BYTES = RING_BLOCKS * BLOCK_BYTES
-# The kernel sends up to four requests of its own readahead at once, in any order.
-DISORDER_BYTES = 4 * BLOCK_BYTES
-# Rings in use at once, all handles together; the next reader goes without readahead of ours.
-MAX_RINGS = 8
-# Kept for the next reader, since touching 16 MiB of new memory costs as much as receiving it.
-MAX_IDLE_RINGS = 1
-SEQUENTIAL_HITS = 2
+# The kernel sends several requests of its own readahead at once, in any order.
+DISORDER_BYTES = 4 * 1024 * 1024
+# So much read in order makes a stream worth reading ahead.
+SEQUENTIAL_BYTES = 256 * 1024
+# A window starts small, and doubles each time its reader had to wait: so it finds the bandwidth-delay product.
+MIN_WINDOW_BYTES = 4 * 1024 * 1024
+MAX_WINDOW_BYTES = 64 * 1024 * 1024
+MAX_STREAMS = 8
+# Strides that repeat so often are believed, and so many of them read ahead.
+STRIDE_HITS = 3
+STRIDES_AHEAD = 8
+# Extents under way for readahead, all files together: enough for 64 links, and little for a demand read to wait for.
+MAX_AHEAD = 32
+MAX_IDLE_BUFFERS = 8
 
 
-class Fetch(Protocol):
-    """Fill `target` from `offset` of the file; returns how many bytes there were before end of file."""
+class Fetched(NamedTuple):
+    """`length_bytes` came before end of file; `attr` of the file when it was read, None when it changed meanwhile."""
 
-    async def __call__(self, cred: Credential, fh: bytes, offset: int, target: memoryview) -> int: ...
+    length_bytes: int
+    attr: Fattr | None
 
 
-def fetch_from(client: Client) -> Fetch:
+class FetchFrom(Protocol):
+    """Fill `target` from `offset` of the file."""
+
+    async def __call__(self, cred: Credential, fh: bytes, offset: int, target: memoryview) -> Fetched: ...
+
+
+class Learn(Protocol):
+    """Attributes of a file that came with its bytes, from a READ sent at `asked_at`."""
+
+    def __call__(self, ino: int, attr: Fattr, asked_at: float) -> None: ...
+
+
+def fetch_from(client: Client) -> FetchFrom:
     """Fetch from the server, in READs of at most rsize, all sent at once."""
 
-    async def one(cred: Credential, fh: bytes, offset: int, target: memoryview) -> int:
+    async def one(cred: Credential, fh: bytes, offset: int, target: memoryview) -> Fetched:
         filled = 0
-        while filled < len(target):
+        while True:
             result = await client.read(cred, fh, offset + filled, target[filled:])
             filled += result.count
-            if result.eof or not result.count:
-                break
-        return filled
+            if filled == len(target) or result.eof or not result.count:
+                attr = result.attr if result.attr is not None else await client.getattr(cred, fh)
+                return Fetched(filled, attr)
 
-    async def fetch(cred: Credential, fh: bytes, offset: int, target: memoryview) -> int:
+    async def fetch(cred: Credential, fh: bytes, offset: int, target: memoryview) -> Fetched:
         rsize = client.rsize
         if len(target) <= rsize:
             return await one(cred, fh, offset, target)
-        counts: dict[int, int] = {}
+        pieces: dict[int, Fetched] = {}
 
         async def piece(start: int) -> None:
-            counts[start] = await one(cred, fh, offset + start, target[start : start + rsize])
+            pieces[start] = await one(cred, fh, offset + start, target[start : start + rsize])
 
         async with open_nursery() as nursery:
             for start in range(0, len(target), rsize):
@@ -63,149 +89,192 @@ def fetch_from(client: Client) -> Fetch:
         # A short piece is the end of file, whatever a race with a writer put after it.
         total = 0
         for start in range(0, len(target), rsize):
-            total += counts[start]
-            if counts[start] < min(rsize, len(target) - start):
+            total += pieces[start].length_bytes
+            if pieces[start].length_bytes < min(rsize, len(target) - start):
                 break
-        return total
+        versions = {version(p.attr) if p.attr is not None else None for p in pieces.values()}
+        return Fetched(total, pieces[0].attr if len(versions) == 1 else None)
 
     return fetch
 
 
 class Reader:
-    """All reads of one mount. Tasks of readahead run in `nursery`."""
+    """All reads of one mount. Readahead runs in `nursery`; without a store there is none."""
 
-    def __init__(self, fetch: Fetch, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, fetch: FetchFrom, store: Store | None, server: bytes, learn: Learn, nursery: trio.Nursery
+    ) -> None:
         self._fetch = fetch
+        self._store = store
+        self._server = server
+        self._learn = learn
         self._nursery = nursery
-        self._idle_rings: list[memoryview] = []
-        self._rings = 0
+        self._ahead = trio.CapacityLimiter(MAX_AHEAD)
+        self._idle_buffers: list[memoryview] = []
 
-    async def read(self, handle: Handle, offset: int, size_bytes: int, file_bytes: int) -> memoryview | bytes:
-        """Up to `size_bytes` at `offset` of a file of `file_bytes` (its size as the server has it).
+    async def read(self, handle: Handle, offset: int, size_bytes: int, attr: Fattr) -> memoryview | bytes:
+        """Up to `size_bytes` at `offset` of a file with these attributes; short only at its end as the server has it.
 
-        The memory of the answer belongs to the reader: use it before the next await.
-        Raises what a READ raises.
+        The memory of the answer belongs to the reader: use it before the next await. Raises what a READ raises.
         """
-        size_bytes = min(size_bytes, file_bytes - offset)
+        size_bytes = min(size_bytes, attr.size - offset)
         if size_bytes <= 0:
             return b""
-        window = self._window(handle, offset, size_bytes) if file_bytes > BLOCK_BYTES else None
-        if window is None or window.ring is None:
+        file = self.cached(handle.file.fh, attr)
+        if self._store is None or file is None:
             return await self.exactly(handle, offset, size_bytes)
-        return await self._through(window, handle, offset, size_bytes, file_bytes)
-
-    def close(self, handle: Handle) -> None:
-        """The handle reads no more; its ring goes to the next one."""
-        window, handle.window = handle.window, None
-        if window is not None:
-            self._retire(window)
+        there = self._store.get(file, offset, size_bytes)
+        sequential = self._note(handle, file, offset, size_bytes, waits=there is None)
+        if there is None:
+            await self._bring(file, handle.cred, handle.file.fh, handle.file.ino, offset, size_bytes, sequential)
+            there = self._store.get(file, offset, size_bytes)
+        # No room, just evicted, or the file changed: then as the server has it now.
+        return there if there is not None else await self.exactly(handle, offset, size_bytes)
 
     async def exactly(self, handle: Handle, offset: int, size_bytes: int) -> memoryview:
-        """The bytes as the server has them now, past all readahead."""
-        target = memoryview(bytearray(max(0, size_bytes)))
-        count = await self._fetch(handle.cred, handle.file.fh, offset, target)
-        return target[:count]
+        """The bytes as the server has them now, past the cache."""
+        size_bytes = max(0, size_bytes)
+        # Touching new memory costs as much as receiving into it.
+        buffer = self._idle_buffers.pop() if self._idle_buffers else memoryview(bytearray(EXTENT_BYTES))
+        target = buffer[:size_bytes] if size_bytes <= len(buffer) else memoryview(bytearray(size_bytes))
+        asked_at = time.monotonic()
+        fetched = await self._fetch(handle.cred, handle.file.fh, offset, target)
+        if len(self._idle_buffers) < MAX_IDLE_BUFFERS:
+            self._idle_buffers.append(buffer)  # nothing is received into it before the caller's next await
+        if fetched.attr is not None:
+            self._learn(handle.file.ino, fetched.attr, asked_at)
+        return target[: fetched.length_bytes]
 
-    def _window(self, handle: Handle, offset: int, size_bytes: int) -> Window | None:
-        """The handle's window after this read was noted in it; None when readahead has nothing to offer."""
-        window = handle.window
-        generation = handle.file.generation
-        if window is None or window.generation != generation:
-            self.close(handle)
-            window = handle.window = Window(generation)
-        if abs(offset - window.next_offset) <= (DISORDER_BYTES if window.ring is not None else 0):
-            window.hits += 1
-        else:
-            window.hits = 0
-            window.ahead_bytes = 0
-        window.next_offset = max(window.next_offset, offset + size_bytes) if window.hits else offset + size_bytes
-        if window.hits < (1 if size_bytes >= BLOCK_BYTES // 2 else SEQUENTIAL_HITS):
+    def cached(self, fh: bytes, attr: Fattr) -> CachedFile | None:
+        """The cache's file for this version."""
+        if self._store is None:
             return None
-        if window.ring is None:
-            window.ring = self._take_ring()
-        window.ahead_bytes = min(max(2 * BLOCK_BYTES, window.ahead_bytes * 2), RING_BYTES - DISORDER_BYTES)
-        return window
+        return self._store.file(self._server + fh, *version(attr))
 
-    async def _through(
-        self, window: Window, handle: Handle, offset: int, size_bytes: int, file_bytes: int
-    ) -> memoryview | bytes:
-        ring = window.ring
-        assert ring is not None
-        first = offset // BLOCK_BYTES
-        last = (offset + size_bytes - 1) // BLOCK_BYTES
-        ahead_end = min(window.next_offset + window.ahead_bytes, file_bytes)
-        for number in range(first, (ahead_end - 1) // BLOCK_BYTES + 1):
-            self._want(window, handle, number, first, file_bytes)
-        needed = [window.blocks.get(number) for number in range(first, last + 1)]
-        for block in needed:
-            # A block may have lost its place to a reader further on in the file; then there is no hurry.
-            if block is None:
-                return await self.exactly(handle, offset, size_bytes)
-            await block.done.wait()
-        end = offset
-        for block in needed:
-            assert block is not None
-            if block.error is not None or window.blocks.get(block.number) is not block:
-                return await self.exactly(handle, offset, size_bytes)
-            end = block.number * BLOCK_BYTES + block.length_bytes
-            if block.length_bytes < BLOCK_BYTES and end < min(offset + size_bytes, file_bytes):
-                return await self.exactly(handle, offset, size_bytes)  # the file was shorter when it was fetched
-        end = min(end, offset + size_bytes)
-        if end <= offset:
-            return b""
-        start, stop = offset % RING_BYTES, (end - 1) % RING_BYTES + 1
-        if start < stop:
-            return ring[start:stop]
-        return bytes(ring[start:]) + bytes(ring[:stop])  # once in sixteen blocks
+    async def load(self, cred: Credential, fh: bytes, ino: int, attr: Fattr, offset: int, size_bytes: int) -> bool:
+        """Bring a part of a file into the cache. False when there is no room. Raises what a READ raises."""
+        file = self.cached(fh, attr)
+        if file is None or self._store is None:
+            return not attr.size
+        await self._bring(file, cred, fh, ino, offset, size_bytes, True)
+        return self._store.get(file, offset, size_bytes) is not None
 
-    def _want(self, window: Window, handle: Handle, number: int, first: int, file_bytes: int) -> None:
-        """Start fetching a block unless it is there, on its way, or its place in the ring is needed."""
-        if number in window.blocks:
+    # -- bringing things in ------------------------------------------------------------------------
+
+    async def _bring(
+        self, file: CachedFile, cred: Credential, fh: bytes, ino: int, offset: int, size_bytes: int, whole: bool
+    ) -> None:
+        """Fill what is missing of the range; `whole`: to the end of each extent."""
+        end = offset + size_bytes
+        first, last = offset // EXTENT_BYTES, (end - 1) // EXTENT_BYTES
+        if first == last:
+            await self._fill(file, cred, fh, ino, first, offset, end, whole)
             return
-        place = number % RING_BLOCKS
-        for other in list(window.blocks.values()):
-            if other.number % RING_BLOCKS == place:
-                near = first - DISORDER_BYTES // BLOCK_BYTES <= other.number
-                if not other.done.is_set() or (near and other.number < number):
-                    return
-                del window.blocks[other.number]
-        block = window.blocks[number] = Block(number)
-        window.fetching += 1
-        self._nursery.start_soon(self._fill, window, block, handle, file_bytes)
+        async with open_nursery() as nursery:
+            for number in range(first, last + 1):
+                nursery.start_soon(self._fill, file, cred, fh, ino, number, offset, end, whole)
 
-    async def _fill(self, window: Window, block: Block, handle: Handle, file_bytes: int) -> None:
-        assert window.ring is not None
-        start = block.number * BLOCK_BYTES
-        place = (block.number % RING_BLOCKS) * BLOCK_BYTES
-        target = window.ring[place : place + min(BLOCK_BYTES, file_bytes - start)]
+    async def _fill(
+        self, file: CachedFile, cred: Credential, fh: bytes, ino: int, number: int, offset: int, end: int, whole: bool
+    ) -> None:
+        store = self._store
+        assert store is not None
+        while True:
+            chunks = store.missing(file, number, offset, end)
+            if chunks is None:
+                return
+            other = file.filling.get(number)
+            if other is None:
+                break
+            await other.wait()
+        if whole:
+            extent_end = min((number + 1) * EXTENT_BYTES, file.size_bytes)
+            chunks = store.missing(file, number, offset, extent_end) or chunks
+
+        async def fetch(at: int, target: memoryview) -> bool:
+            asked_at = time.monotonic()
+            fetched = await self._fetch(cred, fh, at, target)
+            if fetched.attr is None:
+                return False
+            self._learn(ino, fetched.attr, asked_at)
+            same_version = file_key(self._server + fh, *version(fetched.attr)) == file.key
+            return same_version and fetched.length_bytes == len(target)
+
+        event = file.filling[number] = trio.Event()
         try:
-            block.length_bytes = await self._fetch(handle.cred, handle.file.fh, start, target)
-        except SERVER_ERRORS as error:
-            # Nobody may have asked for this block; who does, asks the server again and gets the error.
-            log.debug("readahead: %s", error)
-            block.error = error
-            window.blocks.pop(block.number, None)
+            await store.fill(file, number, chunks, fetch)
         finally:
-            window.fetching -= 1
-            block.done.set()
-            if window.generation < 0:
-                self._retire(window)
+            del file.filling[number]
+            event.set()
 
-    def _take_ring(self) -> memoryview | None:
-        if self._idle_rings:
-            return self._idle_rings.pop()
-        if self._rings == MAX_RINGS:
-            return None
-        self._rings += 1
-        return memoryview(bytearray(RING_BYTES))
+    # -- readahead ---------------------------------------------------------------------------------
 
-    def _retire(self, window: Window) -> None:
-        """Give the ring back once nothing is received into it any more."""
-        window.generation = -1
-        if window.ring is not None and not window.fetching:
-            if len(self._idle_rings) < MAX_IDLE_RINGS:
-                self._idle_rings.append(window.ring)
-            else:
-                self._rings -= 1
-            window.ring = None
-            window.blocks.clear()
+    def _note(self, handle: Handle, file: CachedFile, offset: int, size_bytes: int, *, waits: bool) -> bool:
+        """Find the stream that this read belongs to and read ahead for it. True: it is sequential."""
+        end = offset + size_bytes
+        streams = handle.streams
+        stream = next((s for s in streams if -s.slack_bytes <= offset - s.next_offset <= s.slack_bytes), None)
+        if stream is None:
+            stride = self._stride(handle, offset)
+            if stride:
+                self._ahead_by(handle, file, stride, offset, size_bytes)
+                return False
+            if len(streams) == MAX_STREAMS:
+                streams.pop()
+            streams.insert(0, Stream(offset, end))
+            return False
+        if stream is not streams[0]:
+            streams.remove(stream)
+            streams.insert(0, stream)
+        handle.last_offset = offset
+        stream.next_offset = max(stream.next_offset, end)
+        if stream.next_offset - stream.start_offset < SEQUENTIAL_BYTES:
+            return False
+        stream.slack_bytes = DISORDER_BYTES
+        if not stream.window_bytes:
+            stream.window_bytes = MIN_WINDOW_BYTES
+            stream.ahead_to = end // EXTENT_BYTES
+        elif waits:
+            stream.window_bytes = min(2 * stream.window_bytes, self._most_ahead_bytes())
+        stop = min(stream.next_offset + stream.window_bytes, file.size_bytes)
+        for number in range(max(stream.ahead_to, end // EXTENT_BYTES), -(-stop // EXTENT_BYTES)):
+            self._start_ahead(handle, file, number * EXTENT_BYTES, EXTENT_BYTES)
+            stream.ahead_to = number + 1
+        return True
+
+    def _stride(self, handle: Handle, offset: int) -> int:
+        """The distance between the handle's last reads if it was the same several times, else 0."""
+        stride = offset - handle.last_offset
+        handle.stride_hits = handle.stride_hits + 1 if stride == handle.stride else 0
+        handle.stride, handle.last_offset = stride, offset
+        return stride if handle.stride_hits >= STRIDE_HITS else 0
+
+    def _ahead_by(self, handle: Handle, file: CachedFile, stride: int, offset: int, size_bytes: int) -> None:
+        for step in range(1, STRIDES_AHEAD + 1):
+            at = offset + step * stride
+            if 0 <= at < file.size_bytes:
+                self._start_ahead(handle, file, at, size_bytes, whole=False)
+
+    def _start_ahead(
+        self, handle: Handle, file: CachedFile, offset: int, size_bytes: int, *, whole: bool = True
+    ) -> None:
+        assert self._store is not None
+        end = min(offset + size_bytes, file.size_bytes)
+        number = offset // EXTENT_BYTES
+        if number in file.filling or self._store.missing(file, number, offset, end) is None:
+            return
+        self._nursery.start_soon(self._read_ahead, handle, file, offset, end - offset, whole)
+
+    async def _read_ahead(self, handle: Handle, file: CachedFile, offset: int, size_bytes: int, whole: bool) -> None:
+        async with self._ahead:
+            if handle.closed:
+                return
+            try:
+                await self._bring(file, handle.cred, handle.file.fh, handle.file.ino, offset, size_bytes, whole)
+            except SERVER_ERRORS as error:
+                # Nobody may have asked for it; who does, asks the server again and gets the error.
+                log.debug("readahead: %s", error)
+
+    def _most_ahead_bytes(self) -> int:
+        assert self._store is not None
+        return max(MIN_WINDOW_BYTES, min(MAX_WINDOW_BYTES, self._store.memory.capacity_bytes // 8))

@@ -75,7 +75,6 @@ class Writer:
                 self._send_ready(other)
                 self._commit_soon(other)
             await self._room.park()
-        file.generation += 1
         self.dirty_bytes += len(data)
         self._dirty_files[file.ino] = file
         tail = file.extents[-1] if file.extents else None
@@ -234,7 +233,6 @@ class Writer:
         number = errno_of(error)
         log.error("write of inode %d failed: %s", file.ino, error)
         file.write_errors.append(number)
-        file.generation += 1
         self._done(file, extents)
 
     def _take_over(self, file: OpenFile, attr: Fattr | None, asked_at: float, written_end: int = 0) -> None:

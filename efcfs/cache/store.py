@@ -1,0 +1,261 @@
+"""The tiers of one machine, stacked: memory before disks.
+
+Readers are answered from mappings of the memory tier's files. What is not there comes from a disk, or from
+whoever `fetch` asks, straight into the mapping; only then does the index say that it is there. Who finds no room
+is told so and goes on without the cache: nobody waits for an eviction. What memory evicts goes to a disk.
+
+A file here is one version of one file: other contents are another file. This module knows nothing of NFS
+but that a version can be told, and runs in the event loop; what blocks, it sends to threads.
+"""
+
+import logging
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+
+import lmdb
+import trio
+import xxhash
+
+from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Victim
+from efcfs.cache.tier import HIGH_WATER, Tier, checksum
+
+log = logging.getLogger(__name__)
+
+# Mappings kept open; each is a descriptor too. Opening one takes 15 µs.
+MAX_FILES = 4096
+HOUSEKEEPING_S = 0.5
+MADV_POPULATE_WRITE = 23  # <linux/mman.h>, kernel 5.14
+
+# Fills the memory from an offset of the file; False: the bytes are not (or not surely) of this version.
+Fetch = Callable[[int, memoryview], Awaitable[bool]]
+
+
+class CachedFile:
+    """A version of a file, mapped. `filling` has an event for each extent that somebody fetches now."""
+
+    __slots__ = ("filling", "inode", "key", "mapping", "size_bytes", "view")
+
+    def __init__(self, key: bytes, size_bytes: int, inode: int, mapping: mmap.mmap) -> None:
+        self.key = key
+        self.size_bytes = size_bytes
+        self.inode = inode
+        self.mapping = mapping
+        self.view = memoryview(mapping)
+        self.filling: dict[int, trio.Event] = {}
+
+
+def file_key(identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> bytes:
+    """The name of one version of a file; `identity` tells which file of which server."""
+    return xxhash.xxh3_128_digest(b"%b %d %d %d" % (identity, size_bytes, mtime_ns, ctime_ns))
+
+
+class Store:
+    """All tiers. `run` must be running."""
+
+    def __init__(self, memory: Tier, disks: Sequence[Tier] = (), *, verify_memory: bool = False) -> None:
+        self.memory = memory
+        self.disks = list(disks)
+        self._verify_memory = verify_memory
+        self._files: OrderedDict[bytes, CachedFile] = OrderedDict()
+        self._evict = trio.Event()
+
+    @property
+    def tiers(self) -> list[Tier]:
+        return [self.memory, *self.disks]
+
+    async def run(self) -> None:
+        """Evict, probe and note what was used, until cancelled."""
+        while True:
+            with trio.move_on_after(HOUSEKEEPING_S):
+                await self._evict.wait()
+            self._evict = trio.Event()
+            self.memory.index.rest()
+            await trio.to_thread.run_sync(self._keep_house)
+
+    def close(self) -> None:
+        for tier in self.tiers:
+            tier.close()
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def file(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> CachedFile | None:
+        """This version of the file; None when it can have no place. Other versions of it are dropped."""
+        key = file_key(identity, size_bytes, mtime_ns, ctime_ns)
+        file = self._files.get(key)
+        if file is not None:
+            self._files.move_to_end(key)
+            return file
+        if not size_bytes:
+            return None
+        try:
+            with self.memory.index.change() as txn:
+                outdated = txn.set_file(xxhash.xxh3_128_digest(identity), key)
+                fd = self.memory.open(key, size_bytes)
+            try:
+                mapping = mmap.mmap(fd, size_bytes)
+                file = CachedFile(key, size_bytes, os.fstat(fd).st_ino, mapping)
+            finally:
+                os.close(fd)
+        except (OSError, lmdb.Error) as error:
+            log.warning("no room in the cache: %s", error)
+            return None
+        if outdated is not None:
+            self._drop(outdated)
+        self._files[key] = file
+        if len(self._files) > MAX_FILES:
+            # Whoever still reads from it holds its memory; it is unmapped after that.
+            self._files.popitem(last=False)
+        return file
+
+    def get(self, file: CachedFile, offset: int, length_bytes: int) -> memoryview | None:
+        """The bytes, if all of them are in memory. The answer is good until the next await."""
+        index = self.memory.index
+        index.renew()
+        end = offset + length_bytes
+        for number in range(offset // EXTENT_BYTES, (end - 1) // EXTENT_BYTES + 1):
+            record = index.get(file.key, number)
+            wanted = _mask(number, offset, end)
+            if record is None or record.mask & wanted != wanted:
+                self.memory.counters.misses += 1
+                return None
+            self.memory.touch(file.key, number)
+            if self._verify_memory:
+                for chunk in _bits(wanted):
+                    if checksum(self._chunk(file, number, chunk)) != record.sum_of(chunk):
+                        self.memory.found_bad(file.key, number, chunk, record)
+                        return None
+        self.memory.counters.hits += 1
+        return file.view[offset:end]
+
+    def missing(self, file: CachedFile, number: int, offset: int, end: int) -> range | None:
+        """The chunks of the extent between `offset` and `end` of the file that memory lacks, as one run."""
+        index = self.memory.index
+        index.renew()
+        record = index.get(file.key, number)
+        lacking = _mask(number, offset, end) & ~(record.mask if record is not None else 0)
+        if not lacking:
+            return None
+        return range((lacking & -lacking).bit_length() - 1, lacking.bit_length())
+
+    async def fill(self, file: CachedFile, number: int, chunks: range, fetch: Fetch) -> bool:
+        """Bring in a run of chunks of one extent. False: there is no room, or they are of another version.
+
+        The caller sees to it that nobody else fills the same extent of `file` meanwhile. Raises what `fetch` raises.
+        """
+        start = number * EXTENT_BYTES + chunks.start * CHUNK_BYTES
+        end = min(number * EXTENT_BYTES + chunks.stop * CHUNK_BYTES, file.size_bytes)
+        if not self._reserve(file, number, start, end):
+            return False
+        target = file.view[start:end]
+        there = 0
+        for disk in self.disks:
+            if disk.usable():
+                read = disk.read_chunks
+                there = await trio.to_thread.run_sync(read, file.key, number, chunks.start, target)
+                if there:
+                    break
+        # What the disk did not have is fetched in one piece from the first to the last of it.
+        lacking = [chunk for chunk in chunks if not there >> chunk & 1]
+        if lacking:
+            low = number * EXTENT_BYTES + lacking[0] * CHUNK_BYTES
+            high = min(number * EXTENT_BYTES + (lacking[-1] + 1) * CHUNK_BYTES, end)
+            if not await fetch(low, file.view[low:high]):
+                return False
+        return self._commit(file, number, chunks)
+
+    # -- for the commands --------------------------------------------------------------------------
+
+    def cached_bytes(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> dict[str, int]:
+        """How much of the file each tier has, every chunk verified. Blocks: for a thread."""
+        key = file_key(identity, size_bytes, mtime_ns, ctime_ns)
+        return {tier.name: tier.verified_bytes(key, size_bytes) for tier in self.tiers if tier.usable()}
+
+    def evict_file(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> None:
+        """Forget the file in all tiers. Blocks: for a thread."""
+        key = file_key(identity, size_bytes, mtime_ns, ctime_ns)
+        for tier in self.tiers:
+            tier.drop_file(key)
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def _reserve(self, file: CachedFile, number: int, start: int, end: int) -> bool:
+        """Room for the bytes, in the quota and in the file system. Never blocks."""
+        try:
+            pressure = self.memory.pressure()
+            if pressure > HIGH_WATER:
+                self._evict.set()
+                if pressure >= 1.0:
+                    return False
+            with self.memory.index.change() as txn:
+                txn.reserve(file.key, number)
+            # Now, as an error; a full file system would otherwise end in a signal while receiving.
+            page = start & ~(mmap.PAGESIZE - 1)
+            file.mapping.madvise(MADV_POPULATE_WRITE, page, end - page)
+        except (OSError, lmdb.Error) as error:
+            log.info("no room in the cache: %s", error)
+            self._evict.set()
+            return False
+        return True
+
+    def _commit(self, file: CachedFile, number: int, chunks: range) -> bool:
+        # 5 µs a chunk: in the loop, since a thread takes longer to be woken up.
+        sums = [(chunk, checksum(self._chunk(file, number, chunk))) for chunk in chunks]
+        try:
+            with self.memory.index.change() as txn:
+                kept = self.memory.is_there(file.key, file.inode) and txn.add(file.key, number, sums)
+        except lmdb.Error as error:
+            log.info("no room in the cache: %s", error)
+            self._evict.set()
+            return False
+        if not kept:
+            self._files.pop(file.key, None)  # its file lost its name to an eviction: map it anew
+        return kept
+
+    @staticmethod
+    def _chunk(file: CachedFile, number: int, chunk: int) -> memoryview:
+        start = number * EXTENT_BYTES + chunk * CHUNK_BYTES
+        return file.view[start : min(start + CHUNK_BYTES, file.size_bytes)]
+
+    def _drop(self, key: bytes) -> None:
+        self._files.pop(key, None)
+        self.memory.drop_file(key)  # the disks' copy is never asked for again, and leaves in its time
+
+    def _keep_house(self) -> None:
+        demote = self._demote if any(disk.usable() for disk in self.disks) else None
+        for tier in self.tiers:
+            try:
+                tier.probe()
+                if not tier.usable():
+                    continue
+                tier.note_touches()
+                if tier.pressure() > HIGH_WATER:
+                    tier.evict(demote if tier is self.memory else None)
+                tier.punch_due()
+            except (OSError, lmdb.Error) as error:
+                if tier is self.memory:
+                    log.warning("memory cache: %s", error)
+                else:
+                    tier.fail(error)
+
+    def _demote(self, victim: Victim, data: memoryview, file_bytes: int) -> None:
+        """Write what memory evicts to the disk that has this file, or shall have it."""
+        usable = [disk for disk in self.disks if disk.usable()]
+        if usable:
+            disk = usable[int.from_bytes(victim.key[:4], "big") % len(usable)]
+            disk.write_extent(victim, data, file_bytes)
+
+
+def _mask(number: int, offset: int, end: int) -> int:
+    """The chunks of extent `number` that hold any of the file's bytes from `offset` to `end`."""
+    start = number * EXTENT_BYTES
+    low = max(offset - start, 0) // CHUNK_BYTES
+    high = min(-(-(end - start) // CHUNK_BYTES), CHUNKS)
+    return (1 << high) - (1 << low)
+
+
+def _bits(mask: int) -> list[int]:
+    return [chunk for chunk in range(CHUNKS) if mask >> chunk & 1]
+
+

@@ -1,0 +1,402 @@
+"""One tier of the cache: a directory of sparse files, their index, a quota.
+
+`data/ab/cdef…` holds the bytes of one version of one file at their own offsets. Files are made, punched and
+removed inside transactions of the index, so processes that share the tier agree on them.
+
+A tier in memory is read through mappings (`store.py`), so an evicted extent is punched only when no
+process still looks at a state of the index that has it. A tier on a disk is read with `read_chunks`, which
+checks every chunk's sum: there, punching at once does no harm. A disk that fails is taken out, probed, and taken back.
+
+What a tier on a disk does may block: call it from a thread.
+"""
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+import xxhash
+
+from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Index, Record, Unusable, Victim
+
+log = logging.getLogger(__name__)
+
+# Eviction begins above the one and ends below the other, so that a reader always finds room.
+HIGH_WATER, LOW_WATER = 0.95, 0.90
+# Of the file system below, so much stays free for others.
+MIN_FREE_SHARE = 0.02
+MAX_ITEMS = 16_000_000
+VICTIMS_AT_ONCE = 32
+STALE_RESERVATION_S = 120
+PROBE_S = 10.0
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+
+# The victim, its bytes, and how long its file is.
+Demote = Callable[[Victim, memoryview, int], None]
+
+
+def checksum(data: memoryview) -> bytes:
+    return xxhash.xxh3_64_digest(data)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since this process opened the tier."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bad_checksums: int = 0
+
+
+class Tier:
+    """An open tier. Raises OSError when the directory cannot be used."""
+
+    def __init__(self, name: str, directory: Path, capacity_bytes: int, *, in_memory: bool) -> None:
+        self.name = name
+        self.directory = directory
+        self.in_memory = in_memory
+        self.counters = Counters()
+        self.failed_at: float | None = None
+        self._touched: dict[tuple[bytes, int], int] = {}
+        self._to_punch: deque[tuple[int, bytes, int]] = deque()
+        (directory / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.index = _open_index(directory, durable=not in_memory)
+        self.set_capacity(capacity_bytes)
+
+    def close(self) -> None:
+        self.index.close()
+
+    # -- how much ----------------------------------------------------------------------------------
+
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """For all who share the tier; eviction brings it down to that."""
+        self.capacity_bytes = capacity_bytes
+        with self.index.change() as txn:
+            txn.set_capacity(capacity_bytes)
+
+    def pressure(self) -> float:
+        """How full the tier is by the tightest of its quotas: bytes, items, free space; 1.0 is full."""
+        used_bytes, items, capacity_bytes = self.index.totals()
+        self.capacity_bytes = capacity_bytes or self.capacity_bytes
+        status = os.statvfs(self.directory)
+        taken = 1 - status.f_bavail / max(1, status.f_blocks)
+        return max(
+            used_bytes / max(1, self.capacity_bytes), items / MAX_ITEMS,
+            taken / (1 - MIN_FREE_SHARE) if used_bytes else 0.0,
+        )  # fmt: skip
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def path(self, key: bytes) -> Path:
+        name = key.hex()
+        return self.directory / "data" / name[:2] / name[2:]
+
+    def open(self, key: bytes, size_bytes: int) -> int:
+        """The file's fd, for reading and writing; the file is made when it is not there. Raises OSError."""
+        path = self.path(key)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(path, flags, 0o600)
+        if os.fstat(fd).st_size < size_bytes:
+            os.ftruncate(fd, size_bytes)
+        return fd
+
+    def is_there(self, key: bytes, inode: int) -> bool:
+        """Whether the file still has its name: eviction takes away the names of files without extents."""
+        try:
+            return os.stat(self.path(key)).st_ino == inode
+        except FileNotFoundError:
+            return False
+
+    def drop_file(self, key: bytes) -> None:
+        """Forget all that is cached of the file. Mappings of it go on showing its old bytes."""
+        with self.index.change() as txn:
+            txn.remove_file(key)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(key))
+
+    def verified_bytes(self, key: bytes, size_bytes: int) -> int:
+        """How much of the file is here and as its sums say. Blocks."""
+        total = 0
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return 0
+        try:
+            for number in range(-(-size_bytes // EXTENT_BYTES)):
+                record = self.index.look(key, number)
+                for chunk in range(CHUNKS) if record is not None else ():
+                    assert record is not None
+                    if record.mask >> chunk & 1:
+                        start = number * EXTENT_BYTES + chunk * CHUNK_BYTES
+                        n = os.preadv(fd, [buffer[: max(0, min(CHUNK_BYTES, size_bytes - start))]], start)
+                        if checksum(buffer[:n]) == record.sum_of(chunk):
+                            total += n
+                        else:
+                            self.found_bad(key, number, chunk, record)
+        except (OSError, lmdb.Error) as error:
+            self.fail(error)
+        finally:
+            os.close(fd)
+        return total
+
+    def clear(self) -> None:
+        with self.index.change() as txn:
+            txn.forget_all()
+            for entry in os.scandir(self.directory / "data"):
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+    def usable(self) -> bool:
+        """False while a failing disk is out."""
+        return self.failed_at is None
+
+    # -- chunks of a tier on a disk ----------------------------------------------------------------
+
+    def read_chunks(self, key: bytes, number: int, first: int, target: memoryview) -> int:
+        """Fill `target` with chunks from `first` on, checked; returns the mask of those that came.
+
+        Blocks: for a thread. A disk that fails is taken out, which is a miss.
+        """
+        try:
+            record = self.index.look(key, number)
+            wanted = range(first, first + -(-len(target) // CHUNK_BYTES))
+            if record is None or not any(record.mask >> chunk & 1 for chunk in wanted):
+                self.counters.misses += 1
+                return 0
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return self._read(fd, key, number, record, first, target)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return 0  # evicted since
+        except (OSError, lmdb.Error) as error:
+            self.fail(error)
+            return 0
+
+    def _read(self, fd: int, key: bytes, number: int, record: Record, first: int, target: memoryview) -> int:
+        os.preadv(fd, [target], number * EXTENT_BYTES + first * CHUNK_BYTES)
+        mask = 0
+        for start in range(0, len(target), CHUNK_BYTES):
+            chunk = first + start // CHUNK_BYTES
+            if not record.mask >> chunk & 1:
+                continue
+            if checksum(target[start : start + CHUNK_BYTES]) == record.sum_of(chunk):
+                mask |= 1 << chunk
+            else:
+                self.found_bad(key, number, chunk, record)
+        self.counters.hits += 1
+        self.touch(key, number)
+        return mask
+
+    def found_bad(self, key: bytes, number: int, chunk: int, record: Record) -> None:
+        """A chunk does not match its sum: if it was not just evicted, it is counted and dropped."""
+        now = self.index.look(key, number)
+        if now is None or not now.mask >> chunk & 1 or now.sum_of(chunk) != record.sum_of(chunk):
+            return
+        self.counters.bad_checksums += 1
+        log.warning("%s cache: wrong bytes in %s at %d, dropped", self.name, self.path(key),
+                    number * EXTENT_BYTES + chunk * CHUNK_BYTES)  # fmt: skip
+        with self.index.change() as txn:
+            txn.drop_chunk(key, number, chunk)
+
+    def write_extent(self, victim: Victim, data: memoryview, file_bytes: int) -> None:
+        """Take an extent that a faster tier evicts. Blocks. A disk that fails or is full does not take it."""
+        record = victim.record
+        try:
+            if self.pressure() > HIGH_WATER and not self.evict():
+                return
+            old = self.index.look(victim.key, victim.number)
+            if old is not None and old.mask | record.mask == old.mask:
+                return  # it came from here
+            with self.index.change() as txn:
+                txn.reserve(victim.key, victim.number)
+                fd = self.open(victim.key, file_bytes)
+            try:
+                inode = os.fstat(fd).st_ino
+                for chunk in range(CHUNKS):
+                    if record.mask >> chunk & 1:
+                        start = chunk * CHUNK_BYTES
+                        piece = data[start : start + CHUNK_BYTES]
+                        if os.pwrite(fd, piece, victim.number * EXTENT_BYTES + start) != len(piece):
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(fd)
+            with self.index.change() as txn:
+                if self.is_there(victim.key, inode):
+                    sums = [(c, record.sum_of(c)) for c in range(CHUNKS) if record.mask >> c & 1]
+                    txn.add(victim.key, victim.number, sums)
+        except (OSError, lmdb.Error) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                log.info("%s cache: %s is full", self.name, self.directory)
+                self.evict(at_least=VICTIMS_AT_ONCE)
+            else:
+                self.fail(error)
+
+    # -- use and eviction --------------------------------------------------------------------------
+
+    def touch(self, key: bytes, number: int) -> None:
+        """The extent was used; the index learns of it in a while."""
+        if len(self._touched) < 65536:
+            self._touched[key, number] = int(time.time())
+
+    def note_touches(self) -> None:
+        touched, self._touched = self._touched, {}
+        if not touched:
+            return
+        with self.index.change() as txn:
+            for (key, number), used_at_s in touched.items():
+                txn.touch(key, number, used_at_s)
+
+    def evict(self, demote: Demote | None = None, *, at_least: int = 0) -> bool:
+        """Bring the tier below its low water; `demote` is given what leaves. False: there was nothing to evict."""
+        evicted = 0
+        while evicted < at_least or self.pressure() > LOW_WATER:
+            with self.index.change() as txn:
+                victims = txn.victims(VICTIMS_AT_ONCE, int(time.time()) - STALE_RESERVATION_S)
+            if not victims:
+                break
+            if demote is not None:
+                for victim in victims:
+                    self._hand_down(victim, demote)
+            self._remove(victims)
+            evicted += len(victims)
+            # The space of a tier in memory comes back only with the next punch.
+            self.punch_due()
+        self.counters.evictions += evicted
+        return evicted > 0
+
+    def _hand_down(self, victim: Victim, demote: Demote) -> None:
+        """Give the victim's bytes to the next tier, if they are still what their sums say."""
+        try:
+            fd = os.open(self.path(victim.key), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            data = memoryview(bytearray(EXTENT_BYTES))
+            n = os.preadv(fd, [data], victim.number * EXTENT_BYTES)
+            file_bytes = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        for chunk in range(CHUNKS):
+            piece = data[chunk * CHUNK_BYTES : min((chunk + 1) * CHUNK_BYTES, n)]
+            if victim.record.mask >> chunk & 1 and checksum(piece) != victim.record.sum_of(chunk):
+                return
+        demote(victim, data[:n], file_bytes)
+
+    def _remove(self, victims: Sequence[Victim]) -> None:
+        with self.index.change() as txn:
+            for victim in victims:
+                txn.evict(victim)
+            for key in {v.key for v in victims}:
+                if not txn.numbers(key):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.path(key))
+        at = self.index.last_change()
+        self._to_punch.extend((at, v.key, v.number) for v in victims)
+        if not self.in_memory:
+            self._punch(len(self._to_punch))
+
+    def punch_due(self) -> None:
+        """Free the memory of evicted extents at which nobody looks any more."""
+        if self._to_punch:
+            oldest = self.index.oldest_reader()
+            self._punch(sum(1 for at, _, _ in self._to_punch if at <= oldest))
+
+    def _punch(self, count: int) -> None:
+        with self.index.change() as txn:
+            for _ in range(count):
+                _, key, number = self._to_punch.popleft()
+                if txn.has(key, number):
+                    continue  # somebody fills it again
+                try:
+                    fd = os.open(self.path(key), os.O_WRONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+                mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+                _libc.fallocate(fd, mode, number * EXTENT_BYTES, EXTENT_BYTES)
+                os.close(fd)
+
+    # -- a failing disk ----------------------------------------------------------------------------
+
+    def fail(self, error: Exception) -> None:
+        """Take the tier out."""
+        if self.failed_at is None:
+            log.error("%s cache: %s is taken out: %s", self.name, self.directory, error)
+        self.failed_at = time.monotonic()
+
+    def probe(self) -> None:
+        """Take a failed tier back if its disk works again. Blocks."""
+        if self.failed_at is None or time.monotonic() - self.failed_at < PROBE_S:
+            return
+        path = self.directory / "probe"
+        try:
+            path.write_bytes(b"x" * 4096)
+            fd = os.open(path, os.O_RDWR)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            path.unlink()
+            self.index.totals()
+        except (OSError, lmdb.Error) as error:
+            log.debug("%s cache: still out: %s", self.name, error)
+            self.failed_at = time.monotonic()
+            return
+        self.failed_at = None
+        log.warning("%s cache: %s is taken back", self.name, self.directory)
+
+
+def _open_index(directory: Path, *, durable: bool) -> Index:
+    """The index; one that cannot be used is put aside, and with it all that it alone knew the way to."""
+    if _crashes_on_open(directory, durable=durable):
+        _put_aside(directory, "reading it fails")
+    try:
+        return Index(directory, durable=durable)
+    except Unusable as error:
+        _put_aside(directory, str(error))
+        return Index(directory, durable=durable)
+
+
+def _put_aside(directory: Path, why: str) -> None:
+    aside = directory / f"index.bad-{int(time.time())}"
+    log.error("cache in %s: %s; put aside as %s, the cache starts empty", directory, why, aside.name)
+    os.rename(directory / "index.lmdb", aside)
+    shutil.rmtree(directory / "data", ignore_errors=True)
+    (directory / "data").mkdir(mode=0o700)
+
+
+def _crashes_on_open(directory: Path, *, durable: bool) -> bool:
+    """Read a damaged index in a child process: LMDB trusts its file, and may take who reads it down."""
+    if not durable or not (directory / "index.lmdb").exists():
+        return False  # in memory nothing outlives a crash of the machine, which is what damages files
+    child = os.fork()
+    if child == 0:
+        try:
+            index = Index(directory, durable=durable)
+            ends = time.monotonic() + 0.1
+            for _ in index.walk():
+                if time.monotonic() > ends:
+                    break
+            os._exit(0)
+        except Unusable:
+            os._exit(0)  # the parent meets it too, and says why
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] != 0
