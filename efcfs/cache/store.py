@@ -11,7 +11,7 @@ but that a version can be told, and runs in the event loop; what blocks, it send
 import logging
 import mmap
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import lmdb
@@ -19,13 +19,14 @@ import trio
 import xxhash
 
 from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Victim
-from efcfs.cache.tier import HIGH_WATER, Tier, checksum
+from efcfs.cache.tier import HIGH_WATER, Leaving, Tier, checksum
 
 log = logging.getLogger(__name__)
 
 # Mappings kept open; each is a descriptor too. Opening one takes 15 µs.
 MAX_FILES = 4096
 HOUSEKEEPING_S = 0.5
+MAX_LEAVING_BYTES = 32 * 1024 * 1024
 MADV_POPULATE_WRITE = 23  # <linux/mman.h>, kernel 5.14
 
 # Fills the memory from an offset of the file; False: the bytes are not (or not surely) of this version.
@@ -60,19 +61,24 @@ class Store:
         self._verify_memory = verify_memory
         self._files: OrderedDict[bytes, CachedFile] = OrderedDict()
         self._evict = trio.Event()
+        # On their way to a disk.
+        self._leaving: deque[Leaving] = deque()
+        self._demotions = trio.Event()
 
     @property
     def tiers(self) -> list[Tier]:
         return [self.memory, *self.disks]
 
     async def run(self) -> None:
-        """Evict, probe and note what was used, until cancelled."""
-        while True:
-            with trio.move_on_after(HOUSEKEEPING_S):
-                await self._evict.wait()
-            self._evict = trio.Event()
-            self.memory.index.rest()
-            await trio.to_thread.run_sync(self._keep_house)
+        """Evict, demote, probe and note what was used, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write_demoted)
+            while True:
+                with trio.move_on_after(HOUSEKEEPING_S):
+                    await self._evict.wait()
+                self._evict = trio.Event()
+                self.memory.index.rest()
+                await trio.to_thread.run_sync(self._keep_house)
 
     def close(self) -> None:
         for tier in self.tiers:
@@ -165,6 +171,26 @@ class Store:
                 return False
         return self._commit(file, number, chunks)
 
+    async def beside_memory(self, file: CachedFile, offset: int, length_bytes: int) -> memoryview | None:
+        """The bytes from a disk into a buffer of their own, if one has all of them: for when memory has no room."""
+        low = offset // CHUNK_BYTES * CHUNK_BYTES
+        end = offset + length_bytes
+        buffer = memoryview(bytearray(min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, file.size_bytes) - low))
+
+        def read(disk: Tier) -> bool:
+            for number in range(low // EXTENT_BYTES, (end - 1) // EXTENT_BYTES + 1):
+                start = max(low, number * EXTENT_BYTES)
+                piece = buffer[start - low : (number + 1) * EXTENT_BYTES - low]
+                wanted = _mask(number, start, start + len(piece))
+                if disk.read_chunks(file.key, number, start % EXTENT_BYTES // CHUNK_BYTES, piece) != wanted:
+                    return False
+            return True
+
+        for disk in self.disks:
+            if disk.usable() and await trio.to_thread.run_sync(read, disk):
+                return buffer[offset - low : end - low]
+        return None
+
     # -- for the commands --------------------------------------------------------------------------
 
     def cached_bytes(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> dict[str, int]:
@@ -237,14 +263,28 @@ class Store:
                 if tier is self.memory:
                     log.warning("memory cache: %s", error)
                 else:
-                    tier.fail(error)
+                    tier.trouble(error)
 
-    def _demote(self, victim: Victim, data: memoryview, file_bytes: int) -> None:
-        """Write what memory evicts to the disk that has this file, or shall have it."""
+    def _demote(self, victim: Victim, take_out: Callable[[Victim], Leaving | None]) -> None:
+        """Queue what memory evicts for a disk; when the disks are slower than the readers, some of it is lost."""
+        if sum(len(leaving.data) for leaving in self._leaving) < MAX_LEAVING_BYTES:
+            leaving = take_out(victim)
+            if leaving is not None:
+                self._leaving.append(leaving)
+                trio.from_thread.run_sync(self._demotions.set)
+
+    async def _write_demoted(self) -> None:
+        while True:
+            await self._demotions.wait()
+            self._demotions = trio.Event()
+            while self._leaving:
+                await trio.to_thread.run_sync(self._write_leaving)
+
+    def _write_leaving(self) -> None:
+        batch = [self._leaving.popleft() for _ in range(len(self._leaving))]
         usable = [disk for disk in self.disks if disk.usable()]
-        if usable:
-            disk = usable[int.from_bytes(victim.key[:4], "big") % len(usable)]
-            disk.write_extent(victim, data, file_bytes)
+        for i, disk in enumerate(usable):
+            disk.write_extents([e for e in batch if int.from_bytes(e.victim.key[:4], "big") % len(usable) == i])
 
 
 def _mask(number: int, offset: int, end: int) -> int:

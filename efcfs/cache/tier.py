@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import lmdb
 import xxhash
@@ -34,7 +35,7 @@ HIGH_WATER, LOW_WATER = 0.95, 0.90
 # Of the file system below, so much stays free for others.
 MIN_FREE_SHARE = 0.02
 MAX_ITEMS = 16_000_000
-VICTIMS_AT_ONCE = 32
+VICTIMS_AT_ONCE = 16
 STALE_RESERVATION_S = 120
 PROBE_S = 10.0
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -42,8 +43,22 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
-# The victim, its bytes, and how long its file is.
-Demote = Callable[[Victim, memoryview, int], None]
+
+class Leaving(NamedTuple):
+    """An extent that a tier evicts: its bytes, which match their sums, and the length of its file."""
+
+    victim: Victim
+    data: memoryview
+    file_bytes: int
+
+
+# Given a victim, and what gets its bytes; must not wait.
+# What LMDB says of a file that is not what it wrote.
+DAMAGE = (
+    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.IncompatibleError, lmdb.BadTxnError,
+    lmdb.PanicError, lmdb.VersionMismatchError, lmdb.PageFullError, lmdb.CursorFullError, lmdb.BadValsizeError,
+)  # fmt: skip
+Demote = Callable[[Victim, Callable[[Victim], Leaving | None]], None]
 
 
 def checksum(data: memoryview) -> bytes:
@@ -69,11 +84,14 @@ class Tier:
         self.in_memory = in_memory
         self.counters = Counters()
         self.failed_at: float | None = None
+        # How many threads read from the disk now: its index is not opened anew under them.
+        self._reading = 0
         self._touched: dict[tuple[bytes, int], int] = {}
         self._to_punch: deque[tuple[int, bytes, int]] = deque()
+        self._damaged = False
         (directory / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.index = _open_index(directory, durable=not in_memory)
-        self.set_capacity(capacity_bytes)
+        self.capacity_bytes = capacity_bytes
+        self.index = _open_index(directory, capacity_bytes, durable=not in_memory)
 
     def close(self) -> None:
         self.index.close()
@@ -151,7 +169,7 @@ class Tier:
                         else:
                             self.found_bad(key, number, chunk, record)
         except (OSError, lmdb.Error) as error:
-            self.fail(error)
+            self.trouble(error)
         finally:
             os.close(fd)
         return total
@@ -173,6 +191,7 @@ class Tier:
 
         Blocks: for a thread. A disk that fails is taken out, which is a miss.
         """
+        self._reading += 1
         try:
             record = self.index.look(key, number)
             wanted = range(first, first + -(-len(target) // CHUNK_BYTES))
@@ -187,8 +206,10 @@ class Tier:
         except FileNotFoundError:
             return 0  # evicted since
         except (OSError, lmdb.Error) as error:
-            self.fail(error)
+            self.trouble(error)
             return 0
+        finally:
+            self._reading -= 1
 
     def _read(self, fd: int, key: bytes, number: int, record: Record, first: int, target: memoryview) -> int:
         os.preadv(fd, [target], number * EXTENT_BYTES + first * CHUNK_BYTES)
@@ -216,38 +237,48 @@ class Tier:
         with self.index.change() as txn:
             txn.drop_chunk(key, number, chunk)
 
-    def write_extent(self, victim: Victim, data: memoryview, file_bytes: int) -> None:
-        """Take an extent that a faster tier evicts. Blocks. A disk that fails or is full does not take it."""
-        record = victim.record
+    def write_extents(self, leaving: Sequence[Leaving]) -> None:
+        """Take extents that a faster tier evicts. Blocks. A disk that fails or is full does not take them.
+
+        In two transactions for all of them: each waits for the disk.
+        """
         try:
             if self.pressure() > HIGH_WATER and not self.evict():
                 return
-            old = self.index.look(victim.key, victim.number)
-            if old is not None and old.mask | record.mask == old.mask:
-                return  # it came from here
+            new = [e for e in leaving if self._lacks(e.victim)]
+            if not new:
+                return  # they came from here
             with self.index.change() as txn:
-                txn.reserve(victim.key, victim.number)
-                fd = self.open(victim.key, file_bytes)
-            try:
-                inode = os.fstat(fd).st_ino
-                for chunk in range(CHUNKS):
-                    if record.mask >> chunk & 1:
-                        start = chunk * CHUNK_BYTES
-                        piece = data[start : start + CHUNK_BYTES]
-                        if os.pwrite(fd, piece, victim.number * EXTENT_BYTES + start) != len(piece):
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(fd)
+                for extent in new:
+                    txn.reserve(extent.victim.key, extent.victim.number)
+            inodes = [self._write(extent) for extent in new]
             with self.index.change() as txn:
-                if self.is_there(victim.key, inode):
-                    sums = [(c, record.sum_of(c)) for c in range(CHUNKS) if record.mask >> c & 1]
-                    txn.add(victim.key, victim.number, sums)
+                for (victim, _, _), inode in zip(new, inodes, strict=True):
+                    if self.is_there(victim.key, inode):
+                        record = victim.record
+                        sums = [(c, record.sum_of(c)) for c in range(CHUNKS) if record.mask >> c & 1]
+                        txn.add(victim.key, victim.number, sums)
         except (OSError, lmdb.Error) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                log.info("%s cache: %s is full", self.name, self.directory)
-                self.evict(at_least=VICTIMS_AT_ONCE)
-            else:
-                self.fail(error)
+            self.trouble(error)
+
+    def _lacks(self, victim: Victim) -> bool:
+        here = self.index.look(victim.key, victim.number)
+        return here is None or bool(victim.record.mask & ~here.mask)
+
+    def _write(self, leaving: Leaving) -> int:
+        """Write the extent's chunks to their file; returns the file's inode number."""
+        victim, data, file_bytes = leaving
+        fd = self.open(victim.key, file_bytes)
+        try:
+            for chunk in range(CHUNKS):
+                if victim.record.mask >> chunk & 1:
+                    start = chunk * CHUNK_BYTES
+                    piece = data[start : start + CHUNK_BYTES]
+                    if os.pwrite(fd, piece, victim.number * EXTENT_BYTES + start) != len(piece):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return os.fstat(fd).st_ino
+        finally:
+            os.close(fd)
 
     # -- use and eviction --------------------------------------------------------------------------
 
@@ -274,7 +305,7 @@ class Tier:
                 break
             if demote is not None:
                 for victim in victims:
-                    self._hand_down(victim, demote)
+                    demote(victim, self._take_out)
             self._remove(victims)
             evicted += len(victims)
             # The space of a tier in memory comes back only with the next punch.
@@ -282,12 +313,12 @@ class Tier:
         self.counters.evictions += evicted
         return evicted > 0
 
-    def _hand_down(self, victim: Victim, demote: Demote) -> None:
-        """Give the victim's bytes to the next tier, if they are still what their sums say."""
+    def _take_out(self, victim: Victim) -> Leaving | None:
+        """The victim's bytes, if they are still what their sums say."""
         try:
             fd = os.open(self.path(victim.key), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return
+            return None
         try:
             data = memoryview(bytearray(EXTENT_BYTES))
             n = os.preadv(fd, [data], victim.number * EXTENT_BYTES)
@@ -297,8 +328,8 @@ class Tier:
         for chunk in range(CHUNKS):
             piece = data[chunk * CHUNK_BYTES : min((chunk + 1) * CHUNK_BYTES, n)]
             if victim.record.mask >> chunk & 1 and checksum(piece) != victim.record.sum_of(chunk):
-                return
-        demote(victim, data[:n], file_bytes)
+                return None
+        return Leaving(victim, data[:n], file_bytes)
 
     def _remove(self, victims: Sequence[Victim]) -> None:
         with self.index.change() as txn:
@@ -335,18 +366,45 @@ class Tier:
 
     # -- a failing disk ----------------------------------------------------------------------------
 
+    def trouble(self, error: Exception) -> None:
+        """A full disk needs room, any other trouble means that it fails. Blocks.
+
+        The index itself cannot change on a full disk, so files go first; should their records have to
+        stay, then they lead nowhere, which is a miss.
+        """
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, lmdb.DiskError):
+            self.fail(error)
+            return
+        freed_bytes, gone = 0, []
+        for path in (self.directory / "data").glob("*/*"):
+            with contextlib.suppress(OSError):
+                freed_bytes += path.stat().st_blocks * 512
+                path.unlink()
+                gone.append(bytes.fromhex(path.parent.name + path.name))
+            if freed_bytes >= VICTIMS_AT_ONCE * EXTENT_BYTES:
+                break
+        if freed_bytes:
+            log.info("%s cache: %s is full, %d bytes freed", self.name, self.directory, freed_bytes)
+            with contextlib.suppress(lmdb.Error):
+                for key in gone:
+                    self.drop_file(key)
+        else:
+            self.fail(error)
+
     def fail(self, error: Exception) -> None:
         """Take the tier out."""
         if self.failed_at is None:
             log.error("%s cache: %s is taken out: %s", self.name, self.directory, error)
         self.failed_at = time.monotonic()
+        self._damaged = self._damaged or isinstance(error, DAMAGE)
 
     def probe(self) -> None:
         """Take a failed tier back if its disk works again. Blocks."""
-        if self.failed_at is None or time.monotonic() - self.failed_at < PROBE_S:
+        if self.failed_at is None or time.monotonic() - self.failed_at < PROBE_S or self._reading:
             return
         path = self.directory / "probe"
         try:
+            (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
             path.write_bytes(b"x" * 4096)
             fd = os.open(path, os.O_RDWR)
             try:
@@ -354,8 +412,13 @@ class Tier:
             finally:
                 os.close(fd)
             path.unlink()
-            self.index.totals()
-        except (OSError, lmdb.Error) as error:
+            # What the old one has mapped may be gone: the disk may have been mounted again, or replaced.
+            self.index.close()
+            if self._damaged:
+                _put_aside(self.directory, "index is damaged")
+                self._damaged = False
+            self.index = _open_index(self.directory, self.capacity_bytes, durable=not self.in_memory)
+        except (OSError, lmdb.Error, Unusable) as error:
             log.debug("%s cache: still out: %s", self.name, error)
             self.failed_at = time.monotonic()
             return
@@ -363,15 +426,21 @@ class Tier:
         log.warning("%s cache: %s is taken back", self.name, self.directory)
 
 
-def _open_index(directory: Path, *, durable: bool) -> Index:
+def _open_index(directory: Path, capacity_bytes: int, *, durable: bool) -> Index:
     """The index; one that cannot be used is put aside, and with it all that it alone knew the way to."""
     if _crashes_on_open(directory, durable=durable):
         _put_aside(directory, "reading it fails")
-    try:
-        return Index(directory, durable=durable)
-    except Unusable as error:
-        _put_aside(directory, str(error))
-        return Index(directory, durable=durable)
+    for last_try in (False, True):
+        try:
+            index = Index(directory, durable=durable)
+            with index.change() as txn:
+                txn.set_capacity(capacity_bytes)
+            return index
+        except (Unusable, *DAMAGE) as error:
+            if last_try:
+                raise Unusable(str(error)) from None
+            _put_aside(directory, str(error))
+    raise AssertionError
 
 
 def _put_aside(directory: Path, why: str) -> None:

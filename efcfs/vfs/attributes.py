@@ -98,6 +98,12 @@ class Attributes:
         inode.attr = attr
         inode.attr_at = now
 
+    def recall(self, inode: Inode, attr: Fattr, seen_at: float) -> None:
+        """Attributes seen earlier (monotonic seconds), for an inode of which nothing newer is known."""
+        if inode.attr is None or (inode.attr_at < seen_at and version(inode.attr) == version(attr)):
+            inode.attr, inode.attr_at = attr, seen_at
+            inode.timeout_s = self._bounds(attr)[0]
+
     def update_wcc(self, inode: Inode, wcc: Wcc, asked_at: float) -> None:
         """Take over weak cache consistency data (RFC 1813 §2.6): ours, if nobody wrote before us."""
         before, old = wcc.before, inode.attr

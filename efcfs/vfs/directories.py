@@ -1,11 +1,14 @@
-"""Listing directories: READDIRPLUS page by page.
+"""Listing directories, and knowing them: READDIRPLUS page by page, kept when it went to the end.
 
 The offsets that the kernel sees are the server's own cookies, so a listing goes on at the right place when
-names before it are removed meanwhile, and a directory of any size takes the memory of one page.
+names before it are removed meanwhile, and a directory of any size takes the memory of one page. A directory
+whose version has not changed since it was read to its end is not read again, and while its attributes are
+fresh it answers lookups, of names that are not there too.
 """
 
 import itertools
 import logging
+import time
 
 import trio
 
@@ -14,7 +17,8 @@ from efcfs.nfs.client import Client, NfsError
 from efcfs.nfs.nfs3 import DirEntryPlus
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
-from efcfs.vfs.inodes import Inode
+from efcfs.vfs.attributes import Attributes, version
+from efcfs.vfs.inodes import Directory, Inode, Listings
 
 log = logging.getLogger(__name__)
 
@@ -22,19 +26,81 @@ log = logging.getLogger(__name__)
 MAX_LOOKUPS = 32
 
 
+# Entries taken from a kept listing at once.
+PAGE_ENTRIES = 256
+
+
+class Directories:
+    """The directories of one mount. Listings that nobody needs any more are removed in `nursery`."""
+
+    def __init__(self, client: Client, attributes: Attributes, listings: Listings, nursery: trio.Nursery) -> None:
+        self.listings = listings
+        self._client = client
+        self._attributes = attributes
+        self._nursery = nursery
+
+    def known(self, inode: Inode) -> Directory | None:
+        """The kept listing, if the directory is still of that version as far as we know."""
+        found = self.listings.directory(inode.fh)
+        return found if found is not None and inode.attr is not None and found.version == version(inode.attr) else None
+
+    def find(self, inode: Inode, name: bytes) -> tuple[DirEntryPlus | None, float] | None:
+        """The entry of that name (None: there is none) and when it was seen; None: the server must be asked."""
+        if not self._attributes.remaining_s(inode):
+            return None
+        directory = self.known(inode)
+        if directory is None:
+            return None
+        entry = self.listings.find(directory.number, name)
+        if entry is None:
+            # Some servers have names that they do not list, such as .snapshot.
+            return None if name.startswith(b".") else (None, directory.seen_at)
+        return (entry, directory.seen_at) if entry.fh is not None else None
+
+    def listing(self, inode: Inode, cred: Credential) -> "Listing":
+        """For an opendir(3) that has just revalidated the directory's attributes."""
+        return Listing(self, self._client, inode, cred, self.known(inode))
+
+    def keep(self, inode: Inode, number: int, of: tuple[int, int, int], seen_at: float) -> None:
+        replaced = self.listings.complete(inode.fh, number, of, seen_at)
+        if replaced is not None:
+            self.drop(replaced)
+
+    def drop(self, number: int) -> None:
+        self._nursery.start_soon(self._drop, number)
+
+    async def _drop(self, number: int) -> None:
+        while self.listings.drop(number):
+            await trio.lowlevel.checkpoint()
+
+
 class Listing:
     """One opendir(3)."""
 
-    __slots__ = ("_at", "_client", "_cred", "_next", "_page", "_verifier", "inode")
+    __slots__ = (
+        "_at", "_client", "_cred", "_directories", "_known", "_next", "_number", "_page", "_place", "_started",
+        "_verifier", "fresh", "inode", "seen_at",
+    )  # fmt: skip
 
-    def __init__(self, client: Client, inode: Inode, cred: Credential) -> None:
+    def __init__(
+        self, directories: Directories, client: Client, inode: Inode, cred: Credential, known: Directory | None
+    ) -> None:
         self.inode = inode
+        # When the last page was seen (monotonic seconds), and whether the server told it just now.
+        self.seen_at = 0.0
+        self.fresh = False
+        self._directories = directories
         self._client = client
         self._cred = cred
+        self._known = known
         self._verifier = bytes(nfs3.COOKIEVERFSIZE)
         self._page: nfs3.ReaddirplusResult | None = None
         self._at = 0  # the cookie that the page follows
         self._next = 0  # where in the page the last call pointed
+        # The listing that is being kept, its next place, and the directory's version when it began.
+        self._number: int | None = None
+        self._place = 0
+        self._started: tuple[int, int, int] | None = None
 
     async def after(self, cookie: int) -> tuple[list[DirEntryPlus], int]:
         """A page and the index in it of the entry that follows `cookie` (0: the first entry).
@@ -52,9 +118,48 @@ class Listing:
                 return page.entries, i + 1
         if not cookie:
             self._verifier = bytes(nfs3.COOKIEVERFSIZE)
-        page = await self._fetch(cookie)
+        page = self._kept(cookie) or await self._fetch(cookie)
         self._page, self._at, self._next, self._verifier = page, cookie, 0, page.verifier
         return page.entries, 0
+
+    def close(self) -> None:
+        if self._number is not None:
+            self._directories.drop(self._number)
+
+    def _kept(self, cookie: int) -> nfs3.ReaddirplusResult | None:
+        """The page from the kept listing; None when there is none, or `cookie` is not from the page before."""
+        if self._known is None:
+            return None
+        last = self._page.entries[-1] if cookie and self._page is not None and self._page.entries else None
+        if cookie and (last is None or last.cookie != cookie):
+            return None
+        listings = self._directories.listings
+        entries = listings.after(self._known.number, last.name if last is not None else None, PAGE_ENTRIES)
+        if not entries:
+            return None  # it was replaced meanwhile
+        self.seen_at, self.fresh = self._known.seen_at, False
+        more = listings.after(self._known.number, entries[-1].name, 1)
+        return nfs3.ReaddirplusResult(nfs3.NFS3_OK, None, self._verifier, entries, not more)
+
+    def _keep(self, cookie: int, page: nfs3.ReaddirplusResult) -> None:
+        """Keep what is read in one go from the first to the last page, all of one version."""
+        listings = self._directories.listings
+        if not cookie:
+            self.close()
+            self._number, self._place = listings.begin(), 0
+            self._started = version(page.attr) if page.attr is not None else None
+        if self._number is None:
+            return
+        in_order = not cookie or (self._page is not None and self._page.entries[-1].cookie == cookie)
+        if not in_order or page.attr is None or version(page.attr) != self._started or self._started is None:
+            self.close()
+            self._number = None
+            return
+        listings.add(self._number, self._place, page.entries)
+        self._place += len(page.entries)
+        if page.eof:
+            self._directories.keep(self.inode, self._number, self._started, self.seen_at)
+            self._number = None
 
     def _find(self, cookie: int) -> int | None:
         assert self._page is not None
@@ -66,6 +171,7 @@ class Listing:
 
     async def _fetch(self, cookie: int) -> nfs3.ReaddirplusResult:
         client, fh = self._client, self.inode.fh
+        self.seen_at, self.fresh = time.monotonic(), True
         try:
             page = await client.readdirplus(self._cred, fh, cookie, self._verifier)
         except NfsError as error:
@@ -78,7 +184,9 @@ class Listing:
                 page = nfs3.ReaddirplusResult(plain.status, plain.attr, plain.verifier, entries, plain.eof)
             else:
                 raise
-        return page._replace(entries=await self._completed(page.entries))
+        page = page._replace(entries=await self._completed(page.entries))
+        self._keep(cookie, page)
+        return page
 
     async def _completed(self, entries: list[DirEntryPlus]) -> list[DirEntryPlus]:
         """Look up the names that came without handle or attributes.

@@ -22,11 +22,11 @@ import trio
 from efcfs.cache.store import Store
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError, own_credential
-from efcfs.nfs.nfs3 import Fattr, Sattr
+from efcfs.nfs.nfs3 import DirEntryPlus, Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, Timeouts, version
-from efcfs.vfs.directories import Listing
+from efcfs.vfs.directories import Directories, Listing
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
 from efcfs.vfs.inodes import ROOT_INO, Found, Inode, Inodes
 from efcfs.vfs.openfile import Handle, OpenFile
@@ -83,6 +83,7 @@ class FileSystem:
         self.attributes = Attributes(client, options.timeouts)
         self.writer = Writer(client, self.attributes, inodes, nursery)
         self.reader = Reader(fetch_from(client), store, options.server_identity, self._learn, nursery)
+        self._directories = Directories(client, self.attributes, inodes.listings, nursery)
         self._client = client
         self._options = options
         self._inodes = inodes
@@ -100,6 +101,12 @@ class FileSystem:
         if name == b".":
             await self.attributes.get(directory, cred)
             return self._enter(directory.parent, directory.name, directory.fh, directory.attr, asked_at)
+        seen = self._directories.find(directory, name) if self._options.lookupcache == "all" else None
+        if seen is not None:
+            entry, seen_at = seen
+            if entry is None:
+                return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
+            return self._recalled(directory, entry, seen_at)
         try:
             found = await self._client.lookup(cred, directory.fh, name)
         except NfsError as error:
@@ -371,7 +378,7 @@ class FileSystem:
         if not await self._may(inode, nfs3.ACCESS3_READ, cred):
             raise OSError(errno.EACCES, "the server does not allow it")
         number = self._number()
-        self._listings[number] = Listing(self._client, self._inodes.get(ino), cred)
+        self._listings[number] = self._directories.listing(self._inodes.get(ino), cred)
         return number
 
     async def readdir(self, handle_id: int, cookie: int, most: int) -> list[ListedEntry]:
@@ -380,7 +387,6 @@ class FileSystem:
         The caller gives back by `forget` the lookups of entries that the kernel is not shown.
         """
         listing = self._listings[handle_id]
-        asked_at = time.monotonic()
         entries, start = await listing.after(cookie)
         chosen = entries[start : start + most]
         directory = listing.inode
@@ -392,12 +398,16 @@ class FileSystem:
         )
         shown: dict[bytes, Entry] = {}
         for entry, inode in zip(known, inodes, strict=True):
-            self.attributes.update(inode, entry.attr, asked_at)
+            assert entry.attr is not None
+            if listing.fresh:
+                self.attributes.update(inode, entry.attr, listing.seen_at)
+            else:
+                self.attributes.recall(inode, entry.attr, listing.seen_at)
             shown[entry.name] = self._entry(inode, self._entry_timeout_s(directory, positive=True))
         return [ListedEntry(e.name, e.cookie, e.fileid, shown.get(e.name)) for e in chosen]
 
     def releasedir(self, handle_id: int) -> None:
-        del self._listings[handle_id]
+        self._listings.pop(handle_id).close()
 
     # -- ending ------------------------------------------------------------------------------------
 
@@ -437,6 +447,13 @@ class FileSystem:
         (inode,) = self._inodes.enter((Found(parent, name, fh, attr.fileid, attr.fsid),))
         self.attributes.update(inode, attr, asked_at)
         return self._entry(inode, self._entry_timeout_s(self._inodes.get(parent), positive=True))
+
+    def _recalled(self, directory: Inode, entry: DirEntryPlus, seen_at: float) -> Entry:
+        """Enter a name from a kept listing."""
+        assert entry.fh is not None and entry.attr is not None
+        (inode,) = self._inodes.enter((Found(directory.ino, entry.name, entry.fh, entry.fileid, entry.attr.fsid),))
+        self.attributes.recall(inode, entry.attr, seen_at)
+        return self._entry(inode, self._entry_timeout_s(directory, positive=True))
 
     async def _entered(
         self, directory: Inode, name: bytes, fh: bytes | None, attr: Fattr | None, asked_at: float, cred: Credential

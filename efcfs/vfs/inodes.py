@@ -1,4 +1,4 @@
-"""Which node id the kernel knows for which file handle: the identity index.
+"""What the mount knows of names, in LMDB: node ids of file handles, and whole directories.
 
 Identities live in LMDB under /dev/shm and are written before the kernel can see them (DESIGN 3.1), so a
 daemon that starts over an existing index can serve every node id that the kernel still holds. In memory
@@ -6,7 +6,11 @@ there is a bounded set of `Inode` objects, the recently used; the others are rea
 
 The node id is the server's fileid where that is free, so st_ino is what other clients see; a fileid that
 is taken (two file systems below one export, or a reused fileid whose old file is still known) gets a
-number of our own. This module knows LMDB keys and no policy: freshness is `attributes.py`'s.
+number of our own.
+
+`Listings` keeps directories that were read to their end, of one version each: a daemon that starts later, or a
+kernel that forgot them, need not read them again. This module knows LMDB keys and no policy: freshness is
+`attributes.py`'s.
 """
 
 import contextlib
@@ -19,7 +23,7 @@ from typing import NamedTuple
 import lmdb
 
 from efcfs.nfs import nfs3
-from efcfs.nfs.nfs3 import Fattr
+from efcfs.nfs.nfs3 import DirEntryPlus, Fattr
 from efcfs.vfs.openfile import OpenFile
 
 ROOT_INO = 1
@@ -33,6 +37,11 @@ OWN_NUMBERS = 1 << 62
 _RECORD = struct.Struct(">QQIddBB")
 _FATTR_BYTES = 84
 _KEY = struct.Struct(">Q")
+# A directory: number of its listing, size, mtime and ctime as `attributes.version` has them, seen at (monotonic s).
+_DIRECTORY = struct.Struct(">QQqqd")
+# A name in it: place, cookie, fileid, length of fh, attributes known.
+_NAME = struct.Struct(">IQQBB")
+_PLACE = struct.Struct(">QI")
 
 
 class Inode:
@@ -79,12 +88,12 @@ class Inodes:
         path = directory / "inodes.lmdb"
         path.mkdir(mode=0o700, exist_ok=True)
         self._env = lmdb.open(
-            str(path), map_size=MAP_BYTES, max_dbs=3, writemap=True, sync=False,
-            metasync=False, mode=0o600,
-        )  # fmt: skip
+            str(path), map_size=MAP_BYTES, max_dbs=6, sync=False, metasync=False, mode=0o600,
+        )  # fmt: skip  # no writemap: when /dev/shm is full it ends in SIGBUS instead of an error
         self._by_ino = self._env.open_db(b"ino")
         self._by_fh = self._env.open_db(b"fh")
         self._by_name = self._env.open_db(b"name")
+        self.listings = Listings(self._env)
         self._inodes: dict[int, Inode] = {}
         with self._env.begin(db=self._by_ino) as txn:
             cursor = txn.cursor()
@@ -241,3 +250,96 @@ class Inodes:
             inode.attr_at = attr_at
             inode.timeout_s = timeout_s
         return inode
+
+
+class Directory(NamedTuple):
+    """A directory that was listed to its end: its version then, and when that was (monotonic seconds)."""
+
+    number: int
+    version: tuple[int, int, int]
+    seen_at: float
+
+
+class Listings:
+    """Whole directories, in the same environment as the identities."""
+
+    def __init__(self, env: lmdb.Environment) -> None:
+        self._env = env
+        self._directories = env.open_db(b"directory")
+        self._names = env.open_db(b"entry")
+        self._order = env.open_db(b"order")
+
+    def begin(self) -> int:
+        """The number of a new listing; it counts only when it is complete."""
+        with self._env.begin(write=True, db=self._directories) as txn:
+            number = _KEY.unpack(txn.get(b"next") or bytes(8))[0] + 1
+            txn.put(b"next", _KEY.pack(number))
+        return int(number)
+
+    def add(self, number: int, place: int, entries: Iterable[DirEntryPlus]) -> None:
+        """Names of the listing, the first at `place`; 3 µs each."""
+        with self._env.begin(write=True) as txn:
+            for i, e in enumerate(entries, place):
+                known = e.fh is not None and e.attr is not None
+                head = _NAME.pack(i, e.cookie, e.fileid, len(e.fh) if known and e.fh is not None else 0, known)
+                tail = e.fh + nfs3.pack_fattr(e.attr) if e.fh is not None and e.attr is not None else b""
+                txn.put(_KEY.pack(number) + e.name, head + tail, db=self._names)
+                txn.put(_PLACE.pack(number, i), e.name, db=self._order)
+
+    def complete(self, fh: bytes, number: int, version: tuple[int, int, int], seen_at: float) -> int | None:
+        """The listing is whole, and of this version. Returns the number of the one that it replaces."""
+        with self._env.begin(write=True, db=self._directories) as txn:
+            old = txn.get(b"d" + fh)
+            txn.put(b"d" + fh, _DIRECTORY.pack(number, *version, seen_at))
+        return _DIRECTORY.unpack(old)[0] if old is not None else None
+
+    def directory(self, fh: bytes) -> Directory | None:
+        with self._env.begin(db=self._directories) as txn:
+            found = txn.get(b"d" + fh)
+        if found is None:
+            return None
+        number, size, mtime_ns, ctime_ns, seen_at = _DIRECTORY.unpack(found)
+        return Directory(number, (size, mtime_ns, ctime_ns), seen_at)
+
+    def find(self, number: int, name: bytes) -> DirEntryPlus | None:
+        with self._env.begin(db=self._names) as txn:
+            found = txn.get(_KEY.pack(number) + name)
+        return _entry(name, found)[1] if found is not None else None
+
+    def after(self, number: int, name: bytes | None, most: int) -> list[DirEntryPlus]:
+        """Up to `most` entries that follow `name` (None: from the first)."""
+        entries: list[DirEntryPlus] = []
+        with self._env.begin() as txn, txn.cursor(db=self._order) as order:
+            place = 0
+            if name is not None:
+                found = txn.get(_KEY.pack(number) + name, db=self._names)
+                if found is None:
+                    return []
+                place = _entry(name, found)[0] + 1
+            more = order.set_range(_PLACE.pack(number, place))
+            while more and len(entries) < most and bytes(order.key()[:8]) == _KEY.pack(number):
+                name = bytes(order.value())
+                found = txn.get(_KEY.pack(number) + name, db=self._names)
+                if found is not None:
+                    entries.append(_entry(name, found)[1])
+                more = order.next()
+        return entries
+
+    def drop(self, number: int, most: int = 256) -> bool:
+        """Remove names of a listing that was replaced or not completed; False when none is left."""
+        with self._env.begin(write=True) as txn, txn.cursor(db=self._order) as order:
+            for _ in range(most):
+                if not order.set_range(_PLACE.pack(number, 0)) or bytes(order.key()[:8]) != _KEY.pack(number):
+                    return False
+                txn.delete(_KEY.pack(number) + bytes(order.value()), db=self._names)
+                order.delete()
+        return True
+
+
+def _entry(name: bytes, record: bytes | memoryview) -> tuple[int, DirEntryPlus]:
+    place, cookie, fileid, fh_bytes, known = _NAME.unpack_from(record)
+    if not known:
+        return place, DirEntryPlus(fileid, name, cookie, None, None)
+    fh_end = _NAME.size + fh_bytes
+    attr = nfs3.unpack_fattr(record, fh_end)
+    return place, DirEntryPlus(fileid, name, cookie, attr, bytes(record[_NAME.size : fh_end]))

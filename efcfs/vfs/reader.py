@@ -128,6 +128,8 @@ class Reader:
         if there is None:
             await self._bring(file, handle.cred, handle.file.fh, handle.file.ino, offset, size_bytes, sequential)
             there = self._store.get(file, offset, size_bytes)
+            if there is None and self._store.disks:
+                there = await self._store.beside_memory(file, offset, size_bytes)
         # No room, just evicted, or the file changed: then as the server has it now.
         return there if there is not None else await self.exactly(handle, offset, size_bytes)
 
