@@ -1,18 +1,20 @@
 /* The floor: a FUSE file system that answers everything at once from memory.
  *
  * What it costs to ask this one is what FUSE costs on this machine; a client can only come near it.
- * One directory with N empty files f0…, a file "big" of given size (its bytes are never written and always
- * the same 1 MiB), and room for files that are created. One thread, as efcfs has one event loop.
+ * One directory with N files f0… of zeros, a file "big" with the bytes of BIG (a file, best in memory), and room for
+ * files that are created. One thread, as efcfs has one event loop.
  *
- * usage: floor MOUNTPOINT FILES BIG_BYTES TIMEOUT_S
+ * usage: floor MOUNTPOINT FILES FILE_BYTES BIG TIMEOUT_S
  */
 #define FUSE_USE_VERSION 314
 #include <errno.h>
+#include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 enum { BIG = 2, FIRST = 3 };
 
@@ -22,7 +24,7 @@ static struct file *files;      /* inode number - FIRST */
 static int used, room, buckets[1 << 18];
 static size_t big_bytes;
 static double timeout_s;
-static char *mebibyte;
+static char *big;
 
 static unsigned hash(const char *s) {
     unsigned h = 5381;
@@ -83,7 +85,7 @@ static void do_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, stru
     size_t end = ino == BIG ? big_bytes : files[ino - FIRST].size;
     if ((size_t)off >= end) { fuse_reply_buf(req, NULL, 0); return; }
     if (size > end - off) size = end - off;
-    fuse_reply_buf(req, ino == BIG ? mebibyte : files[ino - FIRST].data + off, size);
+    fuse_reply_buf(req, ino == BIG ? big + off : files[ino - FIRST].data + off, size);
 }
 
 static void do_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off, struct fuse_file_info *fi) {
@@ -132,19 +134,22 @@ static const struct fuse_lowlevel_ops ops = {
 };
 
 int main(int argc, char **argv) {
-    if (argc != 5) { fprintf(stderr, "usage: floor MOUNTPOINT FILES BIG_BYTES TIMEOUT_S\n"); return 1; }
+    if (argc != 6) { fprintf(stderr, "usage: floor MOUNTPOINT FILES FILE_BYTES BIG TIMEOUT_S\n"); return 1; }
     char *fuse_argv[] = { argv[0], "-o", "default_permissions", NULL };
     struct fuse_args args = FUSE_ARGS_INIT(3, fuse_argv);
     int n = atoi(argv[2]);
-    big_bytes = strtoull(argv[3], NULL, 10);
-    timeout_s = atof(argv[4]);
-    mebibyte = malloc(1 << 20);
-    memset(mebibyte, 'x', 1 << 20);
+    size_t file_bytes = strtoull(argv[3], NULL, 10);
+    int fd = open(argv[4], O_RDONLY);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st)) { perror(argv[4]); return 1; }
+    big_bytes = st.st_size;
+    if (big_bytes) big = mmap(NULL, big_bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+    timeout_s = atof(argv[5]);
     for (int i = 0; i < n; i++) {
         char name[32];
         snprintf(name, sizeof name, "f%d", i);
         int made = make(name);
-        files[made].data = calloc(1, files[made].size = 4096);
+        files[made].data = calloc(1, files[made].size = file_bytes);
     }
     struct fuse_session *se = fuse_session_new(&args, &ops, sizeof ops, NULL);
     if (!se || fuse_set_signal_handlers(se) || fuse_session_mount(se, argv[1])) return 2;

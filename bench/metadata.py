@@ -52,7 +52,7 @@ def main() -> None:
         made.mkdir()
         for i in range(FILES):
             (made / f"f{i}").write_bytes(b"x" * 4096)
-        with floor(root / "floor", FILES, 0, 0) as low, Mount(server, root / "mnt", UNCACHED) as mount:
+        with floor(root / "floor", FILES, 0) as low, Mount(server, root / "mnt", UNCACHED) as mount:
             for operation in ("getattr", "lookup", "read", "create", "readdir"):
                 for clients in (1, 8):
                     theirs = Load(operation, low, FILES, clients, asked.seconds)

@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from efcfs.keeper import set_read_ahead
+
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build"
 
@@ -31,15 +33,19 @@ def built(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def floor(mountpoint: Path, files: int, big_bytes: int, timeout_s: float) -> Iterator[Path]:
-    """The floor program mounted at `mountpoint`."""
+def floor(
+    mountpoint: Path, files: int, timeout_s: float, *, file_bytes: int = 4096, big: Path = Path("/dev/null")
+) -> Iterator[Path]:
+    """The floor program mounted at `mountpoint`, with the kernel's readahead as efcfs sets it."""
     mountpoint.mkdir(exist_ok=True)
-    process = subprocess.Popen([built("floor"), mountpoint, str(files), str(big_bytes), str(timeout_s)])
+    words = (str(files), str(file_bytes), str(big), str(timeout_s))
+    process = subprocess.Popen([built("floor"), mountpoint, *words])
     try:
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + 60
         while not os.path.ismount(mountpoint):
             assert process.poll() is None and time.monotonic() < ends, "the floor program did not mount"
             time.sleep(0.02)
+        set_read_ahead(str(mountpoint))
         yield mountpoint
     finally:
         subprocess.run(["umount", mountpoint], check=False)
