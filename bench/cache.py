@@ -84,7 +84,7 @@ def big_file(root: Path, gib: float, rounds: int, rows: Rows, targets: Targets) 
             wait_until(lambda: used_bytes(mount, "mem") >= size_bytes, 60)
             cold = in_turns(
                 rounds, {"efcfs": lambda: sequential_s(ours), "floor": lambda: sequential_s(low / "big")},
-                lambda: drop_page_cache(then_touch_bytes=size_bytes),
+                lambda: drop_page_cache(then_touch_bytes=2 * size_bytes),
             )  # fmt: skip
             for path in (ours, low / "big", data):
                 sequential_s(path)

@@ -104,7 +104,7 @@ def main() -> None:
     asked = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="efcfs-bench-", dir="/dev/shm"))
     speeds: dict[str, list[float]] = {}
-    with Ganesha(root) as server, Mount(server, root / "mnt") as mount:
+    with Ganesha(root) as server, Mount(server, root / "mnt", "mem=0") as mount:
         url = f"nfs://127.0.0.1{server.export}/%s?nfsport={server.port}&mountport={server.mount_port}&version=3"
         source = root / "source"
         source.write_bytes(os.urandom(MIB) * asked.mib)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import socket
 import sys
 import time
@@ -156,6 +157,8 @@ def main() -> None:
     keeper = socket.socket(fileno=int(sys.argv[1]))
     request = json.loads(keeper.recv(MESSAGE_BYTES))
     log_to(request["log"], bool(request["verbose"]))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the cache keeps its files open
     try:
         trio.run(run, keeper, request)
     except ConnectError as error:

@@ -7,7 +7,9 @@ import enum
 
 import trio
 
+from efcfs.cache.store import CachedFile
 from efcfs.nfs.link import Buffer
+from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
 
 
@@ -44,7 +46,7 @@ class OpenFile:
     """An inode with at least one handle. `extents` are in the order in which they were written."""
 
     __slots__ = (
-        "changed", "committing", "extents", "fh", "handles", "ino", "sillyname", "write_errors",
+        "cached", "changed", "committing", "extents", "fh", "handles", "ino", "sillyname", "write_errors",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes) -> None:
@@ -55,6 +57,8 @@ class OpenFile:
         # Woken whenever an extent changes its state.
         self.changed = trio.lowlevel.ParkingLot()
         self.committing = False
+        # The cache's file of the version that these attributes tell.
+        self.cached: tuple[Fattr, CachedFile | None] | None = None
         # Failed writes, oldest first; each handle reports those that came after it looked last.
         self.write_errors: list[int] = []
         # (parent's node id, name) to remove at last close.

@@ -1,6 +1,6 @@
 """The read path: what the cache has, demand reads, readahead.
 
-A read is answered from the mapping of a cache file, without a copy. What is missing is received straight
+A read is answered from the mapping of a cache file, without a copy. What is missing is fetched
 into it, in chunks of 64 KiB for a random read and in extents of 1 MiB for a sequential one; concurrent readers of
 one extent wait for one fetch. Each handle's reads are sorted into streams: sequential ones (several in one
 file) and strided ones are read ahead, others are not. Where the cache has no room the bytes go through a
@@ -120,13 +120,17 @@ class Reader:
         size_bytes = min(size_bytes, attr.size - offset)
         if size_bytes <= 0:
             return b""
-        file = self.cached(handle.file.fh, attr)
+        opened = handle.file
+        if opened.cached is None or opened.cached[0] is not attr:
+            opened.cached = (attr, self.cached(opened.fh, attr))
+        file = opened.cached[1]
         if self._store is None or file is None:
             return await self.exactly(handle, offset, size_bytes)
         there = self._store.get(file, offset, size_bytes)
         sequential = self._note(handle, file, offset, size_bytes, waits=there is None)
         if there is None:
-            await self._bring(file, handle.cred, handle.file.fh, handle.file.ino, offset, size_bytes, sequential)
+            await self._bring(file, handle.cred, opened.fh, opened.ino, offset, size_bytes, sequential)
+            opened.cached = None  # so that a file which lost its place in the cache gets a new one
             there = self._store.get(file, offset, size_bytes)
             if there is None and self._store.disks:
                 there = await self._store.beside_memory(file, offset, size_bytes)
