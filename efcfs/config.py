@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from efcfs.nfs.client import ServerOptions
+from efcfs.vfs.consistency import RuleError, parse_rules
 
 # mount(2) flags
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_DIRSYNC = 1, 2, 4, 8, 16, 128
@@ -44,6 +45,9 @@ class MountConfig:
     acdirmax_s: float = 60.0
     cto: bool = True
     lookupcache: str = "all"
+    consistency: str = "close-to-open"
+    # (pattern, consistency) of the rules file, the first that matches holds.
+    rules: tuple[tuple[str, str], ...] = ()
     allow_other: bool = True
     resvport: bool = True
     # The memory tier of the cache; None: a share of the machine's memory.
@@ -73,10 +77,12 @@ class MountConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "MountConfig":
-        addresses, ssd = values.pop("addresses"), values.pop("ssd")
+        addresses, ssd, rules = (values.pop(name) for name in ("addresses", "ssd", "rules"))
         assert isinstance(addresses, (list, tuple)) and isinstance(ssd, (list, tuple))
+        assert isinstance(rules, (list, tuple))
         return cls(
             addresses=tuple(map(str, addresses)), ssd=tuple((str(path), int(size)) for path, size in ssd),
+            rules=tuple((str(pattern), str(mode)) for pattern, mode in rules),
             **values,  # type: ignore[arg-type]  # our own to_json
         )  # fmt: skip
 
@@ -157,6 +163,16 @@ def _mem(text: str) -> dict[str, object]:
     return {"mem_bytes": wanted}
 
 
+def _rules(text: str) -> dict[str, object]:
+    try:
+        with open(text, encoding="utf-8", errors="surrogateescape") as file:
+            return {"rules": tuple(parse_rules(file.read()))}
+    except OSError as error:
+        raise UsageError(f"option rules={text}: {error.strerror}: name a file of lines PATTERN MODE") from None
+    except RuleError as error:
+        raise UsageError(f"option rules={text}: {error}") from None
+
+
 def _ssd(text: str) -> dict[str, object]:
     path, colon, size = text.rpartition(":")
     if not colon or not path.startswith("/"):
@@ -202,6 +218,12 @@ OPTIONS = (
            _choice("lookupcache", {"all": {"lookupcache": "all"}, "none": {"lookupcache": "none"},
                                    "pos": {"lookupcache": "positive"}, "positive": {"lookupcache": "positive"}},
                    "expected all, positive or none")),
+    Option("consistency", "close-to-open|strict|immutable", "what readers may believe (close-to-open)",
+           _choice("consistency", {"close-to-open": {"consistency": "close-to-open"},
+                                   "strict": {"consistency": "strict"},
+                                   "immutable": {"consistency": "immutable", "read_only": True}},
+                   "expected close-to-open, strict or immutable")),
+    Option("rules", "FILE", "the same by path: lines of a pattern and one of these words", _rules),
     Option("mem", "SIZE|N%", "the cache in memory, of all the user's mounts together (5 % of memory, at most 1g)",
            _mem),
     Option("ssd", "DIR:SIZE", "a cache on a local disk; may be given several times", _ssd),

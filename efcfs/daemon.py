@@ -29,6 +29,7 @@ from efcfs.fuse.session import serve
 from efcfs.keeper import MESSAGE_BYTES, log_to
 from efcfs.nfs.client import Client, ConnectError, connect
 from efcfs.vfs.attributes import Timeouts
+from efcfs.vfs.consistency import Consistency
 from efcfs.vfs.errors import SERVER_ERRORS
 from efcfs.vfs.filesystem import FileSystem, FilesystemOptions, open_filesystem
 
@@ -48,6 +49,8 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
         timeouts=Timeouts(config.acregmin_s, config.acregmax_s, config.acdirmin_s, config.acdirmax_s),
         lookupcache=config.lookupcache,
         cto=config.cto,
+        consistency=Consistency(config.consistency, config.rules),
+        read_only=config.read_only,
         server_identity=config.host.encode() + b"\0",
     )
     store = open_store(config)

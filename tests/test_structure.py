@@ -14,7 +14,7 @@ ALLOWED = {
     "cache": set(),
     "vfs": {"cache", "nfs"},
     "fuse": {"vfs", "nfs"},
-    "config": {"nfs"},
+    "config": {"nfs", "vfs"},
     "control": set(),
     "keeper": set(),
     "daemon": {"cache", "config", "control", "fuse", "keeper", "nfs", "vfs"},

@@ -177,19 +177,19 @@ class Operations(pyfuse3.Operations):
         data.f_namemax = name_max
         return data
 
-    # NFSv3 has no extended attributes.
+    # NFSv3 has no extended attributes. After ENOSYS the kernel says EOPNOTSUPP by itself and asks no more.
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        raise FUSEError(errno.ENOTSUP)
+        raise FUSEError(errno.ENOSYS)
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        raise FUSEError(errno.ENOTSUP)
+        raise FUSEError(errno.ENOSYS)
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        raise FUSEError(errno.ENOTSUP)
+        raise FUSEError(errno.ENOSYS)
 
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        raise FUSEError(errno.ENOTSUP)
+        raise FUSEError(errno.ENOSYS)
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -215,6 +215,8 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def flush(self, fh: int) -> None:
+        if self._fs.read_only:
+            raise FUSEError(errno.ENOSYS)  # nothing to do at close(2): the kernel asks no more
         await self._fs.flush(fh)
 
     @_answered
@@ -316,7 +318,7 @@ def _groups(pid: int) -> tuple[int, ...]:
 
 
 def _file_info(opened: Opened) -> FileInfo:
-    return FileInfo(fh=opened.handle, keep_cache=opened.keep_cache)
+    return FileInfo(fh=opened.handle, keep_cache=opened.keep_cache, direct_io=opened.direct_io)
 
 
 def _entry(entry: Entry) -> EntryAttributes:

@@ -8,6 +8,7 @@ somebody else wrote: then the kernel's pages and our readahead of the file are v
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +16,12 @@ from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client
 from efcfs.nfs.nfs3 import Fattr, Wcc
 from efcfs.nfs.rpc import Credential
+from efcfs.vfs.consistency import Mode
 from efcfs.vfs.inodes import Inode
 
 log = logging.getLogger(__name__)
+
+FOR_EVER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,9 @@ def version(attr: Fattr) -> tuple[int, int, int]:
 class Attributes:
     """The attribute cache of one mount."""
 
-    def __init__(self, client: Client, timeouts: Timeouts) -> None:
+    def __init__(self, client: Client, timeouts: Timeouts, mode_of: Callable[[Inode], Mode]) -> None:
         self.kernel: Kernel | None = None
+        self._mode_of = mode_of
         self._client = client
         self._timeouts = timeouts
 
@@ -76,7 +81,7 @@ class Attributes:
             return
         now = time.monotonic()
         old = inode.attr
-        low, high = self._bounds(attr)
+        low, high = self._bounds(inode, attr)
         if old is None:
             inode.timeout_s = low
         elif version(attr) == version(old):
@@ -102,7 +107,7 @@ class Attributes:
         """Attributes seen earlier (monotonic seconds), for an inode of which nothing newer is known."""
         if inode.attr is None or (inode.attr_at < seen_at and version(inode.attr) == version(attr)):
             inode.attr, inode.attr_at = attr, seen_at
-            inode.timeout_s = self._bounds(attr)[0]
+            inode.timeout_s = self._bounds(inode, attr)[0]
 
     def update_wcc(self, inode: Inode, wcc: Wcc, asked_at: float) -> None:
         """Take over weak cache consistency data (RFC 1813 §2.6): ours, if nobody wrote before us."""
@@ -116,8 +121,13 @@ class Attributes:
     def expire(self, inode: Inode) -> None:
         inode.timeout_s = 0.0
 
-    def _bounds(self, attr: Fattr) -> tuple[float, float]:
+    def _bounds(self, inode: Inode, attr: Fattr) -> tuple[float, float]:
         t = self._timeouts
+        mode = self._mode_of(inode)
+        if mode is Mode.STRICT:
+            return (0.0, 0.0)
+        if mode is Mode.IMMUTABLE:
+            return (FOR_EVER_S, FOR_EVER_S)
         return (t.acdirmin_s, t.acdirmax_s) if attr.type == nfs3.NF3DIR else (t.acregmin_s, t.acregmax_s)
 
     def _changed_by_others(self, inode: Inode) -> None:

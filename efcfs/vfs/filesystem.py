@@ -26,10 +26,12 @@ from efcfs.nfs.nfs3 import DirEntryPlus, Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, Timeouts, version
+from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories, Listing
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
 from efcfs.vfs.inodes import ROOT_INO, Found, Inode, Inodes
 from efcfs.vfs.openfile import Handle, OpenFile
+from efcfs.vfs.prefetch import Prefetch
 from efcfs.vfs.reader import Reader, fetch_from
 from efcfs.vfs.writer import Writer, log
 
@@ -46,6 +48,7 @@ class FilesystemOptions:
     timeouts: Timeouts = field(default_factory=Timeouts)
     lookupcache: str = "all"  # or "positive", "none", as in nfs(5)
     cto: bool = True
+    consistency: Consistency = field(default_factory=Consistency)
     # Tells this server's file handles from those of others in a shared cache.
     server_identity: bytes = b""
 
@@ -61,8 +64,11 @@ class Entry(NamedTuple):
 
 
 class Opened(NamedTuple):
+    """direct_io: the kernel keeps no pages and asks for every read."""
+
     handle: int
     keep_cache: bool
+    direct_io: bool
 
 
 class ListedEntry(NamedTuple):
@@ -80,10 +86,12 @@ class FileSystem:
     def __init__(
         self, client: Client, options: FilesystemOptions, inodes: Inodes, nursery: trio.Nursery, store: Store | None
     ) -> None:
-        self.attributes = Attributes(client, options.timeouts)
+        self.read_only = options.read_only
+        self.attributes = Attributes(client, options.timeouts, self._mode_of)
         self.writer = Writer(client, self.attributes, inodes, nursery)
         self.reader = Reader(fetch_from(client), store, options.server_identity, self._learn, nursery)
         self._directories = Directories(client, self.attributes, inodes.listings, nursery)
+        self._prefetch = Prefetch(self._directories, self.reader, nursery) if store is not None else None
         self._client = client
         self._options = options
         self._inodes = inodes
@@ -125,18 +133,21 @@ class FileSystem:
 
     async def mkdir(self, parent: int, name: bytes, mode: int, cred: Credential) -> Entry:
         directory = self._inodes.get(parent)
+        self._refuse_immutable(directory)
         asked_at = time.monotonic()
         made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)))
         return await self._made(directory, name, made, asked_at, cred)
 
     async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential) -> Entry:
         directory = self._inodes.get(parent)
+        self._refuse_immutable(directory)
         asked_at = time.monotonic()
         made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target)
         return await self._made(directory, name, made, asked_at, cred)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential) -> Entry:
         directory = self._inodes.get(parent)
+        self._refuse_immutable(directory)
         sattr = Sattr(mode=stat.S_IMODE(mode))
         asked_at = time.monotonic()
         if stat.S_ISREG(mode):
@@ -152,6 +163,7 @@ class FileSystem:
 
     async def link(self, ino: int, new_parent: int, new_name: bytes, cred: Credential) -> Entry:
         inode, directory = self._inodes.get(ino), self._inodes.get(new_parent)
+        self._refuse_immutable(inode, directory)
         asked_at = time.monotonic()
         result = await self._client.link(cred, inode.fh, directory.fh, new_name)
         self.attributes.update_wcc(directory, result.wcc, asked_at)
@@ -161,6 +173,7 @@ class FileSystem:
 
     async def unlink(self, parent: int, name: bytes, cred: Credential) -> None:
         directory = self._inodes.get(parent)
+        self._refuse_immutable(directory)
         target = self._inodes.at(parent, name)
         if target is not None and _must_hide(target):
             await self._hide(directory, name, target, cred)
@@ -174,6 +187,7 @@ class FileSystem:
 
     async def rmdir(self, parent: int, name: bytes, cred: Credential) -> None:
         directory = self._inodes.get(parent)
+        self._refuse_immutable(directory)
         asked_at = time.monotonic()
         result = await self._client.rmdir(cred, directory.fh, name)
         self._inodes.removed(parent, name)
@@ -185,6 +199,7 @@ class FileSystem:
         if flags & ~RENAME_NOREPLACE:
             raise OSError(errno.EINVAL, "NFSv3 cannot exchange names")
         old, new = self._inodes.get(parent), self._inodes.get(new_parent)
+        self._refuse_immutable(old, new)
         hidden: Inode | None = None
         if flags & RENAME_NOREPLACE:
             if await self._rename_to_free_name(old, name, new, new_name, cred):
@@ -231,6 +246,7 @@ class FileSystem:
     ) -> Entry:  # fmt: skip
         """Change what is not None. With a handle the size is changed in the name of who opened it."""
         inode = self._inodes.get(ino)
+        self._refuse_immutable(inode)
         file = inode.open_file
         if file is not None and file.extents:
             if size_bytes is not None:
@@ -282,7 +298,10 @@ class FileSystem:
 
     async def open(self, ino: int, flags: int, cred: Credential) -> Opened:
         inode = self._inodes.get(ino)
-        if self._options.cto or not self.attributes.remaining_s(inode):
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            self._refuse_immutable(inode)
+        cto = self._options.cto and self._mode_of(inode) is not Mode.IMMUTABLE
+        if cto or not self.attributes.remaining_s(inode):
             if not await self._may(inode, _wanted_by(flags), cred):
                 raise OSError(errno.EACCES, "the server does not allow it")
             inode = self._inodes.get(ino)
@@ -291,12 +310,15 @@ class FileSystem:
             await self.setattr(ino, cred, size_bytes=0)
             inode = self._inodes.get(ino)
             inode.kernel_size_bytes = 0
+        if self._prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
+            self._prefetch_beside(inode, cred)
         return self._opened(inode, flags, cred)
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, cred: Credential
     ) -> tuple[Opened, Entry]:
         directory = self._inodes.get(parent)
+        self._refuse_immutable(directory)
         asked_at = time.monotonic()
         sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
         if flags & os.O_EXCL:
@@ -313,7 +335,8 @@ class FileSystem:
         attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
         # What gets committed while we ask may not be in the answer: it is laid over all the same.
         extents = list(file.extents)
-        if offset + size_bytes > attr.size and not self.attributes.remaining_s(inode):
+        strict = self._mode_of(inode) is Mode.STRICT
+        if strict or (offset + size_bytes > attr.size and not self.attributes.remaining_s(inode)):
             attr = await self.attributes.revalidate(inode, handle.cred)
         if not extents:
             there = await self.reader.read(handle, offset, size_bytes, attr)
@@ -424,6 +447,18 @@ class FileSystem:
         self._next_handle += 1
         return self._next_handle
 
+    def _mode_of(self, inode: Inode) -> Mode:
+        consistency = self._options.consistency
+        if not consistency.by_path:
+            return consistency.default
+        if inode.mode is None:
+            inode.mode = consistency.of(self._inodes.path(inode))
+        return inode.mode
+
+    def _refuse_immutable(self, *inodes: Inode) -> None:
+        if any(self._mode_of(inode) is Mode.IMMUTABLE for inode in inodes):
+            raise OSError(errno.EROFS, "immutable by the mount's rules")
+
     def _entry_timeout_s(self, directory: Inode, *, positive: bool) -> float:
         kind = self._options.lookupcache
         if kind == "none" or (kind == "positive" and not positive):
@@ -513,6 +548,14 @@ class FileSystem:
         if self.attributes.kernel is not None:
             self.attributes.kernel.drop_attributes(inode.ino)
 
+    def _prefetch_beside(self, inode: Inode, cred: Credential) -> None:
+        assert self._prefetch is not None
+        try:
+            directory = self._inodes.get(inode.parent)
+        except KeyError:
+            return  # the kernel has forgotten it
+        self._prefetch.opened(directory, inode.name, cred)
+
     def _check_kernel_size(self, inode: Inode) -> None:
         """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.
 
@@ -539,7 +582,7 @@ class FileSystem:
         now = version(attr) if attr is not None else None
         keep = inode.pages_version == now or bool(file.extents)
         inode.pages_version = now
-        return Opened(number, keep)
+        return Opened(number, keep, self._mode_of(inode) is Mode.STRICT)
 
     async def _sync(self, handle: Handle) -> None:
         if handle.file.extents:

@@ -24,6 +24,7 @@ import lmdb
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import DirEntryPlus, Fattr
+from efcfs.vfs.consistency import Mode
 from efcfs.vfs.openfile import OpenFile
 
 ROOT_INO = 1
@@ -48,7 +49,7 @@ class Inode:
     """A file that the kernel knows. `parent` and `name` are where it was last looked up or moved to."""
 
     __slots__ = (
-        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "name", "nlookup", "open_file",
+        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "mode", "name", "nlookup", "open_file",
         "pages_version", "parent", "timeout_s",
     )  # fmt: skip
 
@@ -68,6 +69,8 @@ class Inode:
         self.pages_version: tuple[int, int, int] | None = None
         self.kernel_size_bytes: int | None = None
         self.open_file: OpenFile | None = None
+        # By which rule it is kept consistent, where rules go by path; None: not looked up since it got its name.
+        self.mode: Mode | None = None
 
 
 class Found(NamedTuple):
@@ -149,12 +152,23 @@ class Inodes:
         except KeyError:
             return None
 
+    def path(self, inode: Inode) -> bytes:
+        """Where the inode was last seen, from the mount point on."""
+        names: list[bytes] = []
+        while inode.ino != ROOT_INO:
+            names.append(inode.name)
+            try:
+                inode = self.get(inode.parent)
+            except KeyError:
+                break  # its directory was forgotten: as far as is known
+        return b"/" + b"/".join(reversed(names))
+
     def moved(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
         """The name is another one now: renamed, or hidden until last close."""
         inode = self.at(parent, name)
         if inode is None:
             return
-        inode.parent, inode.name = new_parent, new_name
+        inode.parent, inode.name, inode.mode = new_parent, new_name, None
         with self._env.begin(write=True) as txn:
             txn.delete(_KEY.pack(parent) + name, db=self._by_name)
             txn.put(_KEY.pack(new_parent) + new_name, _KEY.pack(inode.ino), db=self._by_name)
@@ -304,24 +318,36 @@ class Listings:
     def find(self, number: int, name: bytes) -> DirEntryPlus | None:
         with self._env.begin(db=self._names) as txn:
             found = txn.get(_KEY.pack(number) + name)
-        return _entry(name, found)[1] if found is not None else None
+        return _entry(name, found) if found is not None else None
+
+    def place(self, number: int, name: bytes) -> int | None:
+        """Where in the listing the name is."""
+        with self._env.begin(db=self._names) as txn:
+            found = txn.get(_KEY.pack(number) + name)
+        return int(_NAME.unpack_from(found)[0]) if found is not None else None
+
+    def count(self, number: int) -> int:
+        """How many names the listing has."""
+        with self._env.begin() as txn, txn.cursor(db=self._order) as order:
+            there = order.prev() if order.set_range(_KEY.pack(number + 1)) else order.last()
+            last = bytes(order.key()) if there else b""
+        return _PLACE.unpack(last)[1] + 1 if last[:8] == _KEY.pack(number) else 0
 
     def after(self, number: int, name: bytes | None, most: int) -> list[DirEntryPlus]:
         """Up to `most` entries that follow `name` (None: from the first)."""
+        place = self.place(number, name) if name is not None else -1
+        return self.at(number, place + 1, most) if place is not None else []
+
+    def at(self, number: int, place: int, most: int) -> list[DirEntryPlus]:
+        """Up to `most` entries from a place on."""
         entries: list[DirEntryPlus] = []
         with self._env.begin() as txn, txn.cursor(db=self._order) as order:
-            place = 0
-            if name is not None:
-                found = txn.get(_KEY.pack(number) + name, db=self._names)
-                if found is None:
-                    return []
-                place = _entry(name, found)[0] + 1
             more = order.set_range(_PLACE.pack(number, place))
             while more and len(entries) < most and bytes(order.key()[:8]) == _KEY.pack(number):
                 name = bytes(order.value())
                 found = txn.get(_KEY.pack(number) + name, db=self._names)
                 if found is not None:
-                    entries.append(_entry(name, found)[1])
+                    entries.append(_entry(name, found))
                 more = order.next()
         return entries
 
@@ -336,10 +362,10 @@ class Listings:
         return True
 
 
-def _entry(name: bytes, record: bytes | memoryview) -> tuple[int, DirEntryPlus]:
-    place, cookie, fileid, fh_bytes, known = _NAME.unpack_from(record)
+def _entry(name: bytes, record: bytes | memoryview) -> DirEntryPlus:
+    _, cookie, fileid, fh_bytes, known = _NAME.unpack_from(record)
     if not known:
-        return place, DirEntryPlus(fileid, name, cookie, None, None)
+        return DirEntryPlus(fileid, name, cookie, None, None)
     fh_end = _NAME.size + fh_bytes
     attr = nfs3.unpack_fattr(record, fh_end)
-    return place, DirEntryPlus(fileid, name, cookie, attr, bytes(record[_NAME.size : fh_end]))
+    return DirEntryPlus(fileid, name, cookie, attr, bytes(record[_NAME.size : fh_end]))
