@@ -32,6 +32,7 @@ from efcfs.vfs.attributes import Timeouts
 from efcfs.vfs.consistency import Consistency
 from efcfs.vfs.errors import SERVER_ERRORS
 from efcfs.vfs.filesystem import FileSystem, FilesystemOptions, open_filesystem
+from efcfs.vfs.warmup import NoJob, Warmup
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
         async def status(_: control.Answer) -> control.Answer:
             return describe(client, config, request, store)
 
-        nursery.start_soon(control.serve, Path(str(request["runtime_dir"])) / "control", {"status": status})
+        commands = {"status": status, **cache_commands(fs.warmup, store)}
+        nursery.start_soon(control.serve, Path(str(request["runtime_dir"])) / "control", commands)
         await serve(
             Operations(fs, nursery), fds[0], base64.b64decode(hand_over["init"]), first=bool(hand_over["first"]),
             on_ready=lambda: say(keeper, ready=True),
@@ -122,6 +124,46 @@ def open_store(config: MountConfig) -> Store | None:
         except (OSError, Unusable) as error:
             log.error("no cache in %s: %s", path, error)
     return Store(memory, disks, verify_memory=config.verify_memory)
+
+
+def cache_commands(warmup: Warmup, store: Store | None) -> dict[str, control.Command]:
+    """What `efcfs warmup` and `efcfs cache` ask for."""
+
+    async def job(asked: control.Answer) -> control.Answer:
+        paths, rate = asked["paths"], asked.get("rate_bytes_per_s")
+        assert isinstance(paths, list)
+        match = asked.get("match")
+        try:
+            return warmup.start(
+                str(asked["kind"]), [os.fsencode(path) for path in paths], workers=int(str(asked.get("jobs") or 8)),
+                match=str(match) if match is not None else None, metadata_only=bool(asked.get("metadata_only")),
+                rate_bytes_per_s=int(str(rate)) if rate is not None else None,
+            ).told()  # fmt: skip
+        except NoJob as error:
+            return {"error": str(error)}
+
+    async def job_status(asked: control.Answer) -> control.Answer:
+        try:
+            return warmup.job(int(str(asked["number"]))).told()
+        except NoJob as error:
+            return {"error": str(error)}
+
+    async def cancel(_: control.Answer) -> control.Answer:
+        return {"cancelled": warmup.cancel()}
+
+    async def resize(asked: control.Answer) -> control.Answer:
+        tier, capacity_bytes = str(asked["tier"]), int(str(asked["capacity_bytes"]))
+        if store is None or not await trio.to_thread.run_sync(store.resize, tier, capacity_bytes):
+            names = ", ".join(t.name for t in store.tiers) if store is not None else "none"
+            return {"error": f"there is no tier {tier} in use; there is {names}"}
+        return {}
+
+    async def clear(_: control.Answer) -> control.Answer:
+        if store is not None:
+            await trio.to_thread.run_sync(store.clear)
+        return {}
+
+    return {"job": job, "job_status": job_status, "cancel": cancel, "resize": resize, "clear": clear}
 
 
 def tiers(store: Store | None) -> list[control.Answer]:

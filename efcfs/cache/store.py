@@ -206,6 +206,27 @@ class Store:
         for tier in self.tiers:
             tier.drop_file(key)
 
+    def resize(self, name: str, capacity_bytes: int) -> bool:
+        """Another quota for a tier; eviction follows. False: there is no such tier. Blocks: for a thread."""
+        for tier in self.tiers:
+            if tier.name == name and tier.usable():
+                try:
+                    tier.set_capacity(capacity_bytes)
+                    return True
+                except (OSError, lmdb.Error) as error:
+                    tier.trouble(error)
+        return False
+
+    def clear(self) -> None:
+        """Empty all tiers. Blocks: for a thread."""
+        self._files.clear()
+        for tier in self.tiers:
+            if tier.usable():
+                try:
+                    tier.clear()
+                except (OSError, lmdb.Error) as error:
+                    tier.trouble(error)
+
     # -- parts -------------------------------------------------------------------------------------
 
     def _reserve(self, file: CachedFile, number: int) -> bool:

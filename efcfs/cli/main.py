@@ -48,12 +48,12 @@ def run(command: click.Command, arguments: list[str]) -> int:
 
 def main() -> None:
     try:
-        from efcfs.cli import mount, status, umount  # noqa: PLC0415  # a library may be missing: say so
+        from efcfs.cli import cache, mount, status, umount, warmup  # noqa: PLC0415  # a library may be missing: say so
     except ModuleNotFoundError as missing:
         sys.exit(f"efcfs: the library {missing.name} is missing: install efcfs again (pip install efcfs)")
     except ImportError as error:
         sys.exit(f"efcfs: a library does not load ({error}): install the package libfuse3-3 and efcfs again")
-    for command in (mount.mount, umount.umount, status.status):
+    for command in (mount.mount, umount.umount, status.status, warmup.warmup, cache.cache):
         efcfs.add_command(command)
     sys.exit(run(efcfs, sys.argv[1:]))
 

@@ -13,6 +13,7 @@ import sys
 import click
 
 from efcfs import config, control, keeper
+from efcfs.cli.cache_check import check_cache
 from efcfs.cli.main import EX_MOUNT, EX_SYSTEM, EX_USAGE, Failure
 
 _EPILOG = "\b\nOptions for -o, comma-separated:\n" + config.options_help() + (
@@ -44,6 +45,7 @@ def start(
         raise Failure(str(error), EX_USAGE) from None
     check_not_mounted(asked.mountpoint)
     check_mountpoint(mountpoint)
+    check_cache(asked)
     check_machine()
     uid = os.geteuid()
     request = {

@@ -33,6 +33,7 @@ from efcfs.vfs.inodes import ROOT_INO, Found, Inode, Inodes
 from efcfs.vfs.openfile import Handle, OpenFile
 from efcfs.vfs.prefetch import Prefetch
 from efcfs.vfs.reader import Reader, fetch_from
+from efcfs.vfs.warmup import Warmup
 from efcfs.vfs.writer import Writer, log
 
 # Set by the kernel in open flags when a file is opened to be executed.
@@ -91,6 +92,7 @@ class FileSystem:
         self.writer = Writer(client, self.attributes, inodes, nursery)
         self.reader = Reader(fetch_from(client), store, options.server_identity, self._learn, nursery)
         self._directories = Directories(client, self.attributes, inodes.listings, nursery)
+        self.warmup = Warmup(client, self._directories, self.reader, store, nursery)
         self._prefetch = Prefetch(self._directories, self.reader, nursery) if store is not None else None
         self._client = client
         self._options = options

@@ -151,11 +151,15 @@ class Reader:
             self._learn(handle.file.ino, fetched.attr, asked_at)
         return target[: fetched.length_bytes]
 
+    def identity(self, fh: bytes) -> bytes:
+        """What the cache knows the file by."""
+        return self._server + fh
+
     def cached(self, fh: bytes, attr: Fattr) -> CachedFile | None:
         """The cache's file for this version."""
         if self._store is None:
             return None
-        return self._store.file(self._server + fh, *version(attr))
+        return self._store.file(self.identity(fh), *version(attr))
 
     async def load(self, cred: Credential, fh: bytes, ino: int, attr: Fattr, offset: int, size_bytes: int) -> bool:
         """Bring a part of a file into the cache. False when there is no room. Raises what a READ raises."""
@@ -203,7 +207,7 @@ class Reader:
             if fetched.attr is None:
                 return False
             self._learn(ino, fetched.attr, asked_at)
-            same_version = file_key(self._server + fh, *version(fetched.attr)) == file.key
+            same_version = file_key(self.identity(fh), *version(fetched.attr)) == file.key
             return same_version and fetched.length_bytes == len(target)
 
         event = file.filling[number] = trio.Event()
