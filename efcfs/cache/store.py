@@ -5,7 +5,8 @@ whoever `fetch` asks; once it is written, the index says that it is there. Who f
 goes on without the cache: nobody waits for an eviction. What memory evicts goes to a disk.
 
 A file here is one version of one file: other contents are another file. This module knows nothing of NFS
-but that a version can be told, and runs in the event loop; what blocks, it sends to threads.
+but that a version can be told, and runs in the event loop; what blocks, it sends to threads, and leaves them
+behind when the mount ends: a disk that hangs must not keep it.
 """
 
 import errno
@@ -24,10 +25,12 @@ from efcfs.cache.tier import HIGH_WATER, Leaving, Tier, checksum
 
 log = logging.getLogger(__name__)
 
-# Mappings kept open; each is a descriptor too. Opening one takes 15 µs.
-MAX_FILES = 2048
+# Mappings kept open, two descriptors each.
+MAX_FILES = 1024
 HOUSEKEEPING_S = 0.5
 MAX_IDLE_BUFFERS = 16
+# A little below where eviction ends.
+CROWDED = 0.85
 MAX_LEAVING_BYTES = 32 * 1024 * 1024
 
 # Fills the memory from an offset of the file; False: the bytes are not (or not surely) of this version.
@@ -64,6 +67,8 @@ class Store:
         self._verify_memory = verify_memory
         self._files: OrderedDict[bytes, CachedFile] = OrderedDict()
         self._evict = trio.Event()
+        # Memory is about as full as it gets: then what a disk has is not brought in, to be evicted at once.
+        self.crowded = False
         self._until_look = 0
         self._idle_buffers: list[memoryview] = []
         # On their way to a disk.
@@ -83,7 +88,7 @@ class Store:
                     await self._evict.wait()
                 self._evict = trio.Event()
                 self.memory.index.rest()
-                await trio.to_thread.run_sync(self._keep_house)
+                await trio.to_thread.run_sync(self._keep_house, abandon_on_cancel=True)
 
     def close(self) -> None:
         for tier in self.tiers:
@@ -118,13 +123,14 @@ class Store:
     def get(self, file: CachedFile, offset: int, length_bytes: int) -> memoryview | None:
         """The bytes, if all of them are in memory. The answer is good until the next await."""
         memory, end = self.memory, offset + length_bytes
-        memory.index.renew()
+        index, key = memory.index, file.key
+        index.renew()
         for number in range(offset // EXTENT_BYTES, (end - 1) // EXTENT_BYTES + 1):
             wanted = _mask(number, offset, end)
-            if wanted & ~memory.index.mask(file.key, number):
+            if wanted & ~index.mask(key, number):
                 memory.counters.misses += 1
                 return None
-            memory.touch(file.key, number)
+            memory.touch(key, number)
             if self._verify_memory and not self._matches(file, number, wanted):
                 return None
         memory.counters.hits += 1
@@ -154,8 +160,9 @@ class Store:
         there = 0
         for disk in self.disks:
             if disk.usable():
-                read = disk.read_chunks
-                there = await trio.to_thread.run_sync(read, file.key, number, chunks.start, target)
+                there = await trio.to_thread.run_sync(
+                    disk.read_chunks, file.key, number, chunks.start, target, abandon_on_cancel=True
+                )
                 if there:
                     break
         # What the disk did not have is fetched in one piece from the first to the last of it.
@@ -189,7 +196,7 @@ class Store:
             return True
 
         for disk in self.disks:
-            if disk.usable() and await trio.to_thread.run_sync(read, disk):
+            if disk.usable() and await trio.to_thread.run_sync(read, disk, abandon_on_cancel=True):
                 return buffer[offset - low : end - low]
         return None
 
@@ -238,6 +245,7 @@ class Store:
                 # Looking takes 10 µs, so far from a full tier it is not done for each extent.
                 room_bytes = (HIGH_WATER - pressure) * self.memory.capacity_bytes
                 self._until_look = int(room_bytes / EXTENT_BYTES / 8)
+                self.crowded = pressure > CROWDED
                 if pressure > HIGH_WATER:
                     self._evict.set()
                     if pressure >= 1.0:
@@ -288,7 +296,10 @@ class Store:
                 if not tier.usable():
                     continue
                 tier.note_touches()
-                if tier.pressure() > HIGH_WATER:
+                pressure = tier.pressure()
+                if tier is self.memory:
+                    self.crowded = pressure > CROWDED
+                if pressure > HIGH_WATER:
                     tier.evict(demote if tier is self.memory else None)
                 tier.punch_due()
             except (OSError, lmdb.Error) as error:
@@ -299,6 +310,9 @@ class Store:
 
     def _demote(self, victim: Victim, take_out: Callable[[Victim], Leaving | None]) -> None:
         """Queue what memory evicts for a disk; when the disks are slower than the readers, some of it is lost."""
+        disk = self._disk_of(victim)
+        if disk is None or not disk.lacks(victim):
+            return  # most of what is read from a disk leaves memory like this
         if sum(len(leaving.data) for leaving in self._leaving) < MAX_LEAVING_BYTES:
             leaving = take_out(victim)
             if leaving is not None:
@@ -310,13 +324,17 @@ class Store:
             await self._demotions.wait()
             self._demotions = trio.Event()
             while self._leaving:
-                await trio.to_thread.run_sync(self._write_leaving)
+                await trio.to_thread.run_sync(self._write_leaving, abandon_on_cancel=True)
 
     def _write_leaving(self) -> None:
         batch = [self._leaving.popleft() for _ in range(len(self._leaving))]
+        for disk in self.disks:
+            disk.write_extents([leaving for leaving in batch if self._disk_of(leaving.victim) is disk])
+
+    def _disk_of(self, victim: Victim) -> Tier | None:
+        """Each file has one disk; those of a disk that failed go to the others."""
         usable = [disk for disk in self.disks if disk.usable()]
-        for i, disk in enumerate(usable):
-            disk.write_extents([e for e in batch if int.from_bytes(e.victim.key[:4], "big") % len(usable) == i])
+        return usable[int.from_bytes(victim.key[:4], "big") % len(usable)] if usable else None
 
 
 def _mask(number: int, offset: int, end: int) -> int:

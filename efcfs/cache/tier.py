@@ -92,7 +92,8 @@ class Tier:
         self._to_punch: deque[tuple[int, bytes, int]] = deque()
         self._data = f"{directory}/data"
         self._damaged = False
-        (directory / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (directory / "data").mkdir(mode=0o700, exist_ok=True)
         self.capacity_bytes = capacity_bytes
         self.index = _open_index(directory, capacity_bytes, durable=not in_memory)
 
@@ -241,7 +242,7 @@ class Tier:
         try:
             if self.pressure() > HIGH_WATER and not self.evict():
                 return
-            new = [e for e in leaving if self._lacks(e.victim)]
+            new = [e for e in leaving if self.lacks(e.victim)]
             if not new:
                 return  # they came from here
             with self.index.change() as txn:
@@ -259,8 +260,13 @@ class Tier:
         except (OSError, lmdb.Error) as error:
             self.trouble(error)
 
-    def _lacks(self, victim: Victim) -> bool:
-        here = self.index.look(victim.key, victim.number)
+    def lacks(self, victim: Victim) -> bool:
+        """Whether the extent has chunks that are not here. Blocks."""
+        try:
+            here = self.index.look(victim.key, victim.number)
+        except lmdb.Error as error:
+            self.trouble(error)
+            return False
         return here is None or bool(victim.record.mask & ~here.mask)
 
     def _write(self, leaving: Leaving) -> int:

@@ -18,7 +18,7 @@ from efcfs.nfs.nfs3 import DirEntryPlus
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, version
-from efcfs.vfs.inodes import Directory, Inode, Listings
+from efcfs.vfs.inodes import Directory, Inode, Listings, NoRoom
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,11 @@ class Directories:
         self._nursery.start_soon(self._drop, number)
 
     async def _drop(self, number: int) -> None:
-        while self.listings.drop(number):
-            await trio.lowlevel.checkpoint()
+        try:
+            while self.listings.drop(number):
+                await trio.lowlevel.checkpoint()
+        except NoRoom as error:
+            log.info("an old listing stays: %s", error)
 
 
 class Listing:
@@ -185,7 +188,11 @@ class Listing:
             else:
                 raise
         page = page._replace(entries=await self._completed(page.entries))
-        self._keep(cookie, page)
+        try:
+            self._keep(cookie, page)
+        except NoRoom as error:
+            log.info("a listing is not kept: %s", error)
+            self._number = None
         return page
 
     async def _completed(self, entries: list[DirEntryPlus]) -> list[DirEntryPlus]:

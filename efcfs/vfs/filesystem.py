@@ -333,11 +333,15 @@ class FileSystem:
     async def read(self, handle_id: int, offset: int, size_bytes: int) -> memoryview | bytes:
         handle = self._handles[handle_id]
         file = handle.file
-        inode = self._inodes.get(file.ino)
+        inode = self._open[file.ino]
+        strict = self._mode_of(inode) is Mode.STRICT
+        if not strict and not file.extents and inode.attr is not None:
+            cached = self.reader.at_once(handle, offset, size_bytes, inode.attr)
+            if cached is not None:
+                return cached
         attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
         # What gets committed while we ask may not be in the answer: it is laid over all the same.
         extents = list(file.extents)
-        strict = self._mode_of(inode) is Mode.STRICT
         if strict or (offset + size_bytes > attr.size and not self.attributes.remaining_s(inode)):
             attr = await self.attributes.revalidate(inode, handle.cred)
         if not extents:

@@ -14,9 +14,12 @@ kernel that forgot them, need not read them again. This module knows LMDB keys a
 """
 
 import contextlib
+import errno
 import itertools
+import logging
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +30,11 @@ from efcfs.nfs.nfs3 import DirEntryPlus, Fattr
 from efcfs.vfs.consistency import Mode
 from efcfs.vfs.openfile import OpenFile
 
+log = logging.getLogger(__name__)
+
 ROOT_INO = 1
+# Some 20,000 identities.
+RESERVED_BYTES = 8 * 1024**2
 # Sparse in /dev/shm: room for some 20 million identities, no memory until used.
 MAP_BYTES = 4 * 1024**3
 # 100,000 inodes in memory took 80 MB; reading one back from LMDB takes 2 µs.
@@ -93,6 +100,7 @@ class Inodes:
         self._env = lmdb.open(
             str(path), map_size=MAP_BYTES, max_dbs=6, sync=False, metasync=False, mode=0o600,
         )  # fmt: skip  # no writemap: when /dev/shm is full it ends in SIGBUS instead of an error
+        _reserve(path / "data.mdb")
         self._by_ino = self._env.open_db(b"ino")
         self._by_fh = self._env.open_db(b"fh")
         self._by_name = self._env.open_db(b"name")
@@ -124,7 +132,13 @@ class Inodes:
         return inode
 
     def enter(self, found: Iterable[Found]) -> list[Inode]:
-        """The inodes of these names, each with one lookup more, and safely in the index."""
+        """The inodes of these names, each with one lookup more, and safely in the index. Raises OSError (ENOSPC)."""
+        try:
+            return self._enter(found)
+        except lmdb.DiskError:
+            raise OSError(errno.ENOSPC, "no room for identities: /dev/shm is full") from None
+
+    def _enter(self, found: Iterable[Found]) -> list[Inode]:
         inodes = []
         with self._env.begin(write=True) as txn:
             for parent, name, fh, fileid, fsid in found:
@@ -266,6 +280,21 @@ class Inodes:
         return inode
 
 
+def _reserve(path: Path) -> None:
+    """Take the memory of the first identities at once, so that others who fill /dev/shm do not stop lookups."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.posix_fallocate(fd, 0, RESERVED_BYTES)
+    except OSError as error:
+        log.warning("no room for identities in /dev/shm: %s", error.strerror)
+    finally:
+        os.close(fd)
+
+
+class NoRoom(Exception):
+    """A listing cannot be kept."""
+
+
 class Directory(NamedTuple):
     """A directory that was listed to its end: its version then, and when that was (monotonic seconds)."""
 
@@ -284,15 +313,15 @@ class Listings:
         self._order = env.open_db(b"order")
 
     def begin(self) -> int:
-        """The number of a new listing; it counts only when it is complete."""
-        with self._env.begin(write=True, db=self._directories) as txn:
+        """The number of a new listing; it counts only when it is complete. Raises NoRoom, as the others do."""
+        with _room(), self._env.begin(write=True, db=self._directories) as txn:
             number = _KEY.unpack(txn.get(b"next") or bytes(8))[0] + 1
             txn.put(b"next", _KEY.pack(number))
         return int(number)
 
     def add(self, number: int, place: int, entries: Iterable[DirEntryPlus]) -> None:
         """Names of the listing, the first at `place`; 3 µs each."""
-        with self._env.begin(write=True) as txn:
+        with _room(), self._env.begin(write=True) as txn:
             for i, e in enumerate(entries, place):
                 known = e.fh is not None and e.attr is not None
                 head = _NAME.pack(i, e.cookie, e.fileid, len(e.fh) if known and e.fh is not None else 0, known)
@@ -302,7 +331,7 @@ class Listings:
 
     def complete(self, fh: bytes, number: int, version: tuple[int, int, int], seen_at: float) -> int | None:
         """The listing is whole, and of this version. Returns the number of the one that it replaces."""
-        with self._env.begin(write=True, db=self._directories) as txn:
+        with _room(), self._env.begin(write=True, db=self._directories) as txn:
             old = txn.get(b"d" + fh)
             txn.put(b"d" + fh, _DIRECTORY.pack(number, *version, seen_at))
         return _DIRECTORY.unpack(old)[0] if old is not None else None
@@ -353,13 +382,21 @@ class Listings:
 
     def drop(self, number: int, most: int = 256) -> bool:
         """Remove names of a listing that was replaced or not completed; False when none is left."""
-        with self._env.begin(write=True) as txn, txn.cursor(db=self._order) as order:
+        with _room(), self._env.begin(write=True) as txn, txn.cursor(db=self._order) as order:
             for _ in range(most):
                 if not order.set_range(_PLACE.pack(number, 0)) or bytes(order.key()[:8]) != _KEY.pack(number):
                     return False
                 txn.delete(_KEY.pack(number) + bytes(order.value()), db=self._names)
                 order.delete()
         return True
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except lmdb.Error as error:
+        raise NoRoom(str(error)) from None
 
 
 def _entry(name: bytes, record: bytes | memoryview) -> DirEntryPlus:

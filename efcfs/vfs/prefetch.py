@@ -88,7 +88,9 @@ class Prefetch:
             if not everything:
                 progress.ahead_to = max(progress.ahead_to, progress.place + 1)
             async with trio.open_nursery() as nursery:
-                while everything or progress.ahead_to - progress.place < AHEAD_FILES:
+                while self._reader.has_room and (
+                    everything or progress.ahead_to - progress.place < AHEAD_FILES
+                ):
                     entries = self._directories.listings.at(progress.number, progress.ahead_to, MAX_AT_ONCE)
                     for entry in entries:
                         if entry.attr is None or entry.attr.type != nfs3.NF3REG or entry.attr.size > SMALL_FILE_BYTES:

@@ -112,6 +112,21 @@ class Reader:
         self._ahead = trio.CapacityLimiter(MAX_AHEAD)
         self._idle_buffers: list[memoryview] = []
 
+    def at_once(self, handle: Handle, offset: int, size_bytes: int, attr: Fattr) -> memoryview | None:
+        """What `read` would answer, if memory has it: most reads of a warm cache end here."""
+        store, opened = self._store, handle.file
+        if store is None or offset + size_bytes > attr.size:
+            return None
+        if opened.cached is None or opened.cached[0] is not attr:
+            opened.cached = (attr, self.cached(opened.fh, attr))
+        file = opened.cached[1]
+        if file is None:
+            return None
+        there = store.get(file, offset, size_bytes)
+        if there is not None:
+            self._note(handle, file, offset, size_bytes, waits=False)
+        return there
+
     async def read(self, handle: Handle, offset: int, size_bytes: int, attr: Fattr) -> memoryview | bytes:
         """Up to `size_bytes` at `offset` of a file with these attributes; short only at its end as the server has it.
 
@@ -120,20 +135,20 @@ class Reader:
         size_bytes = min(size_bytes, attr.size - offset)
         if size_bytes <= 0:
             return b""
-        opened = handle.file
-        if opened.cached is None or opened.cached[0] is not attr:
-            opened.cached = (attr, self.cached(opened.fh, attr))
-        file = opened.cached[1]
-        if self._store is None or file is None:
-            return await self.exactly(handle, offset, size_bytes)
-        there = self._store.get(file, offset, size_bytes)
-        sequential = self._note(handle, file, offset, size_bytes, waits=there is None)
-        if there is None:
+        there = self.at_once(handle, offset, size_bytes, attr)
+        if there is not None:
+            return there
+        opened, store = handle.file, self._store
+        file = opened.cached[1] if opened.cached is not None else None
+        if store is not None and file is not None and store.disks and store.crowded:
+            there = await store.beside_memory(file, offset, size_bytes)
+        if store is not None and file is not None and there is None:
+            sequential = self._note(handle, file, offset, size_bytes, waits=True)
             await self._bring(file, handle.cred, opened.fh, opened.ino, offset, size_bytes, sequential)
             opened.cached = None  # so that a file which lost its place in the cache gets a new one
-            there = self._store.get(file, offset, size_bytes)
-            if there is None and self._store.disks:
-                there = await self._store.beside_memory(file, offset, size_bytes)
+            there = store.get(file, offset, size_bytes)
+            if there is None and store.disks:
+                there = await store.beside_memory(file, offset, size_bytes)
         # No room, just evicted, or the file changed: then as the server has it now.
         return there if there is not None else await self.exactly(handle, offset, size_bytes)
 
@@ -150,6 +165,11 @@ class Reader:
         if fetched.attr is not None:
             self._learn(handle.file.ino, fetched.attr, asked_at)
         return target[: fetched.length_bytes]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more can be brought in without evicting."""
+        return self._store is not None and not self._store.crowded
 
     def identity(self, fh: bytes) -> bytes:
         """What the cache knows the file by."""
@@ -223,8 +243,10 @@ class Reader:
         """Find the stream that this read belongs to and read ahead for it. True: it is sequential."""
         end = offset + size_bytes
         streams = handle.streams
-        stream = next((s for s in streams if -s.slack_bytes <= offset - s.next_offset <= s.slack_bytes), None)
-        if stream is None:
+        for stream in streams:
+            if -stream.slack_bytes <= offset - stream.next_offset <= stream.slack_bytes:
+                break
+        else:
             stride = self._stride(handle, offset)
             if stride:
                 self._ahead_by(handle, file, stride, offset, size_bytes)

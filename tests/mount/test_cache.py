@@ -253,7 +253,7 @@ def test_a_full_dev_shm_costs_nothing_but_the_cache(server: Ganesha, export: Pat
     data = random.Random(14).randbytes(48 * MIB)
     (export / "data").write_bytes(data)
     (tmp_path / "mnt").mkdir()
-    options = f"port={server.port},mountport={server.mount_port},mem=512m"
+    options = f"port={server.port},mountport={server.mount_port}"
     efcfs = f"{sys.executable} -m efcfs.cli.main"
     # In a mount namespace of its own: nobody else's /dev/shm gets full.
     script = f"""
