@@ -106,7 +106,10 @@ COMMIT = _Procedure(nfs3.NFSPROC3_COMMIT, nfs3.decode_commit)
 
 
 class Client:
-    """One export. Every method may raise NfsError, TimedOut (soft mounts), CallFailed or RpcRefused."""
+    """One export. Every method may raise NfsError, TimedOut (soft mounts), CallFailed or RpcRefused.
+
+    Those that take `impatient` then raise ServerAway instead of waiting for a server that is away.
+    """
 
     def __init__(self, pool: Pool, root_fh: bytes) -> None:
         self.root_fh = root_fh
@@ -120,6 +123,10 @@ class Client:
     def server_state(self) -> str:
         """"up" or "away"."""
         return "away" if self._pool.away else "up"
+
+    @property
+    def away(self) -> bool:
+        return self._pool.away
 
     def links(self) -> list[dict[str, str | int]]:
         """One object a link: address, state, in_flight_bytes, reconnects."""
@@ -135,8 +142,8 @@ class Client:
 
     # -- the procedures ----------------------------------------------------------------------------
 
-    async def getattr(self, cred: Credential, fh: bytes) -> nfs3.Fattr:
-        attr = (await self._ask(GETATTR, cred, nfs3.getattr_args(fh))).attr
+    async def getattr(self, cred: Credential, fh: bytes, *, impatient: bool = False) -> nfs3.Fattr:
+        attr = (await self._ask(GETATTR, cred, nfs3.getattr_args(fh), impatient=impatient)).attr
         if attr is None:
             raise CallFailed("GETATTR without attributes")
         return attr
@@ -144,11 +151,15 @@ class Client:
     async def setattr(self, cred: Credential, fh: bytes, sattr: nfs3.Sattr) -> nfs3.SetattrResult:
         return await self._ask(SETATTR, cred, nfs3.setattr_args(fh, sattr, None))
 
-    async def lookup(self, cred: Credential, dir_fh: bytes, name: bytes) -> nfs3.LookupResult:
-        return await self._ask(LOOKUP, cred, nfs3.lookup_args(dir_fh, name))
+    async def lookup(
+        self, cred: Credential, dir_fh: bytes, name: bytes, *, impatient: bool = False
+    ) -> nfs3.LookupResult:
+        return await self._ask(LOOKUP, cred, nfs3.lookup_args(dir_fh, name), impatient=impatient)
 
-    async def access(self, cred: Credential, fh: bytes, wanted: int) -> nfs3.AccessResult:
-        return await self._ask(ACCESS, cred, nfs3.access_args(fh, wanted))
+    async def access(
+        self, cred: Credential, fh: bytes, wanted: int, *, impatient: bool = False
+    ) -> nfs3.AccessResult:
+        return await self._ask(ACCESS, cred, nfs3.access_args(fh, wanted), impatient=impatient)
 
     async def readlink(self, cred: Credential, fh: bytes) -> nfs3.ReadlinkResult:
         return await self._ask(READLINK, cred, nfs3.readlink_args(fh))
@@ -281,6 +292,7 @@ class Client:
     async def _try(
         self, procedure: _Procedure[R], cred: Credential, args: bytes, *, bulk: bool = False,
         payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        impatient: bool = False,
     ) -> tuple[R, bool]:  # fmt: skip
         """The result, whatever its status, and whether the call was sent more than once."""
         head = call_header(nfs3.PROGRAM, nfs3.VERSION, procedure.number, cred) + args
@@ -288,7 +300,7 @@ class Client:
         while True:
             call = self._pool.call(
                 head, procedure.decode, procedure.name, bulk=bulk, payload=payload,
-                payload_bytes=payload_bytes, sink=sink,
+                payload_bytes=payload_bytes, sink=sink, impatient=impatient,
             )  # fmt: skip
             result: R = await self._pool.wait(call)  # type: ignore[assignment]  # what procedure.decode returns
             if result.status != nfs3.NFS3ERR_JUKEBOX:
@@ -299,10 +311,12 @@ class Client:
     async def _ask(
         self, procedure: _Procedure[R], cred: Credential, args: bytes, *, bulk: bool = False,
         payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        impatient: bool = False,
     ) -> R:  # fmt: skip
         result, _ = await self._try(
-            procedure, cred, args, bulk=bulk, payload=payload, payload_bytes=payload_bytes, sink=sink
-        )
+            procedure, cred, args, bulk=bulk, payload=payload, payload_bytes=payload_bytes, sink=sink,
+            impatient=impatient,
+        )  # fmt: skip
         return _checked(result, procedure)
 
     async def _remove(

@@ -52,6 +52,10 @@ class TimedOut(Exception):
     """A soft mount gave up waiting."""
 
 
+class ServerAway(Exception):
+    """The server does not answer, and the call was not worth waiting for."""
+
+
 class Call:
     """One RPC call and, later, its result. It keeps its xid when it is sent again (RFC 5531 §9)."""
 
@@ -59,6 +63,7 @@ class Call:
         "bad_replies",
         "decode",
         "description",
+        "impatient",
         "sent_at",
         "sink",
         "size_bytes",
@@ -83,6 +88,8 @@ class Call:
         self.decode = decode
         self.sink = sink
         self.description = description
+        # Fails with ServerAway instead of waiting for a server that is away.
+        self.impatient = False
         # What the call moves in either direction; the pool balances by this.
         self.size_bytes = payload_bytes + (len(sink) if sink is not None else 0)
         self.task: trio.lowlevel.Task | None = None

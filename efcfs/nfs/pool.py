@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from efcfs.nfs.link import Buffer, Call, Decoder, Link, LinkClosed, TimedOut, open_link
+from efcfs.nfs.link import Buffer, Call, Decoder, Link, LinkClosed, ServerAway, TimedOut, open_link
 from efcfs.nfs.xdr import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,9 @@ class Pool:
         self._xids = itertools.count(random.getrandbits(32))
         self._parked: dict[int, Call] = {}
         self._away = False
+        # When it was noticed, and when a ping was answered last.
+        self._away_at = self._pinged_at = float("-inf")
+        self._pinging = False
 
     @property
     def away(self) -> bool:
@@ -93,15 +96,17 @@ class Pool:
     def call(
         self, head: bytes, decode: Decoder, description: str, *, bulk: bool = False,
         payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        impatient: bool = False,
     ) -> Call:  # fmt: skip
-        """Send a call; await its result with `wait`."""
+        """Send a call; await its result with `wait`. impatient: it fails with ServerAway once the server is away."""
         xid = next(self._xids) & 0xFFFFFFFF
         call = Call(xid, head, payload, payload_bytes, decode, sink, description)
+        call.impatient = impatient
         self._dispatch(call, bulk)
         return call
 
     async def wait(self, call: Call) -> object:
-        """The call's result. Raises TimedOut (soft mounts), CallFailed, RpcRefused."""
+        """The call's result. Raises TimedOut (soft mounts), ServerAway (impatient calls), CallFailed, RpcRefused."""
         return await call.result(self._forget)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -233,22 +238,47 @@ class Pool:
                     place.probing = True
                     nursery.start_soon(self._replace, place, link)
             self._note_state(now, waiting_since)
+            if self._away:
+                self._fail(ServerAway, lambda call: call.impatient)
+                if not self._pinging:
+                    self._pinging = True
+                    nursery.start_soon(self._ping)
             if self._soft_s is not None:
                 self._give_up(now - self._soft_s)
 
     def _note_state(self, now: float, waiting_since: float) -> None:
         heard_at = max((p.link.received_at for p in self.places if p.link is not None), default=0.0)
-        away = now - waiting_since > PATIENCE_S and now - heard_at > PATIENCE_S
-        if away != self._away:
-            self._away = away
-            log.warning("server %s %s", self.host, "not responding, still trying" if away else "answers again")
+        if not self._away and now - waiting_since > PATIENCE_S and now - heard_at > PATIENCE_S:
+            self._away, self._away_at = True, now
+            log.warning("server %s not responding, still trying", self.host)
+        elif self._away and max(heard_at, self._pinged_at) > self._away_at:
+            self._away = False
+            log.warning("server %s answers again", self.host)
+
+    async def _ping(self) -> None:
+        """Ask an away server by itself: perhaps nobody else does, because the cache serves them."""
+        try:
+            fresh = await open_link(
+                self.places[0].address, self.port, reserved_port=self._reserved_port, timeout_s=PATIENCE_S
+            )
+            await self._null(fresh)
+            fresh.close()
+            self._pinged_at = trio.current_time()
+        except (OSError, LinkClosed, ProtocolError) as error:
+            log.debug("server is still away: %s", error)
+            await trio.sleep(MAX_BACKOFF_S)
+        finally:
+            self._pinging = False
 
     def _give_up(self, started_before: float) -> None:
+        self._fail(TimedOut, lambda call: call.started_at < started_before)
+
+    def _fail(self, why: type[Exception], which: Callable[[Call], bool]) -> None:
         links = [place.link.calls for place in self.places if place.link is not None]
         for calls in (self._parked, *links):
-            for call in [c for c in calls.values() if c.started_at < started_before]:
+            for call in [c for c in calls.values() if which(c)]:
                 self._forget(call)
-                call.fail(TimedOut(call.description))
+                call.fail(why(call.description))
 
     async def _replace(self, place: Place, link: Link) -> None:
         """A quiet link is either dead or its server is. A fresh link that answers tells which.

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client
+from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import Fattr, Wcc
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.consistency import Mode
@@ -22,6 +23,8 @@ from efcfs.vfs.inodes import Inode
 log = logging.getLogger(__name__)
 
 FOR_EVER_S = 1e9
+# While the server is away: soon enough to notice that it is back.
+AWAY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +60,31 @@ class Attributes:
         self._timeouts = timeouts
 
     def remaining_s(self, inode: Inode) -> float:
-        """How long the cached attributes are still fresh."""
-        return max(0.0, inode.attr_at + inode.timeout_s - time.monotonic()) if inode.attr is not None else 0.0
+        """How long the cached attributes are still fresh; while the server is away, old ones must do."""
+        if inode.attr is None:
+            return 0.0
+        left_s = inode.attr_at + inode.timeout_s - time.monotonic()
+        if left_s > 0:
+            return left_s
+        return AWAY_S if self._client.away and self.may_be_old(inode) else 0.0
+
+    def may_be_old(self, inode: Inode) -> bool:
+        """Whether what is known of the inode may be told when the server does not answer."""
+        return inode.attr is not None and self._mode_of(inode) is not Mode.STRICT
 
     async def get(self, inode: Inode, cred: Credential) -> Fattr:
         """Fresh attributes: cached ones, or from the server."""
-        if inode.attr is not None and time.monotonic() < inode.attr_at + inode.timeout_s:
+        if inode.attr is not None and self.remaining_s(inode):
             return inode.attr
         return await self.revalidate(inode, cred)
 
     async def revalidate(self, inode: Inode, cred: Credential) -> Fattr:
         asked_at = time.monotonic()
-        attr = await self._client.getattr(cred, inode.fh)
+        try:
+            attr = await self._client.getattr(cred, inode.fh, impatient=self.may_be_old(inode))
+        except ServerAway:
+            assert inode.attr is not None
+            return inode.attr
         self.update(inode, attr, asked_at)
         return attr
 

@@ -5,7 +5,7 @@ import logging
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import NfsError
-from efcfs.nfs.link import CallFailed, TimedOut
+from efcfs.nfs.link import CallFailed, ServerAway, TimedOut
 from efcfs.nfs.rpc import RpcRefused
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ ERRNO_OF_STATUS = {
 _WORTH_A_LINE = {nfs3.NFS3ERR_BADHANDLE, nfs3.NFS3ERR_SERVERFAULT, nfs3.NFS3ERR_BAD_COOKIE}
 
 # What an operation of the file system may raise besides OSError.
-SERVER_ERRORS = (NfsError, TimedOut, CallFailed, RpcRefused)
+SERVER_ERRORS = (NfsError, TimedOut, ServerAway, CallFailed, RpcRefused)
 
 
 def errno_of(error: Exception) -> int:
@@ -53,6 +53,8 @@ def errno_of(error: Exception) -> int:
         if error.status in _WORTH_A_LINE or error.status not in ERRNO_OF_STATUS:
             log.error("server answered %s", error)
         return ERRNO_OF_STATUS.get(error.status, errno.EIO)
+    if isinstance(error, ServerAway):
+        return errno.ETIMEDOUT
     if isinstance(error, TimedOut):
         log.warning("%s timed out (soft mount)", error)
         return errno.ETIMEDOUT

@@ -22,6 +22,7 @@ import trio
 from efcfs.cache.store import Store
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError, own_credential
+from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import DirEntryPlus, Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
@@ -117,12 +118,20 @@ class FileSystem:
             if entry is None:
                 return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
             return self._recalled(directory, entry, seen_at)
+        known = self._inodes.at(parent, name)
+        usable = known is not None and self.attributes.may_be_old(known)
         try:
-            found = await self._client.lookup(cred, directory.fh, name)
+            if usable and self._client.away:
+                raise ServerAway
+            found = await self._client.lookup(cred, directory.fh, name, impatient=usable)
         except NfsError as error:
             if error.status != nfs3.NFS3ERR_NOENT:
                 raise
             return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
+        except ServerAway:
+            assert known is not None and known.attr is not None
+            (known,) = self._inodes.enter((Found(parent, name, known.fh, known.attr.fileid, known.attr.fsid),))
+            return self._entry(known, self._entry_timeout_s(directory, positive=True))
         self.attributes.update(directory, found.dir_attr, asked_at)
         return await self._entered(directory, name, found.fh, found.attr, asked_at, cred)
 
@@ -531,7 +540,14 @@ class FileSystem:
         """Ask the server for rights; its answer revalidates the attributes at the same time."""
         asked_at = time.monotonic()
         ino = inode.ino
-        result = await self._client.access(cred, inode.fh, wanted)
+        # Reading what is cached goes on without the server; the kernel has checked the mode.
+        reading = not wanted & (nfs3.ACCESS3_MODIFY | nfs3.ACCESS3_EXTEND) and self.attributes.may_be_old(inode)
+        if reading and self._client.away:
+            return True
+        try:
+            result = await self._client.access(cred, inode.fh, wanted, impatient=reading)
+        except ServerAway:
+            return True
         inode = self._inodes.get(ino)
         if result.attr is None:
             await self.attributes.revalidate(inode, cred)

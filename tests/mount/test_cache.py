@@ -1,6 +1,7 @@
 """The block cache under a mount: what is read twice does not come twice, and is never wrong."""
 
 import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -339,23 +340,35 @@ def test_a_truncated_or_foreign_index_is_put_aside(server: Ganesha, export: Path
     assert len(list(ssd.glob("index.bad-*"))) >= 2
 
 
-def test_attributes_and_data_that_are_cached_are_served_while_the_server_is_away(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize("options", ["", "nocto,actimeo=600", "actimeo=0"])
+def test_what_is_cached_is_served_while_the_server_is_away(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, options: str
 ) -> None:
     data = random.Random(19).randbytes(5 * MIB)
     with Ganesha(tmp_path_factory.mktemp("own")) as server:
         (server.directory / "data").write_bytes(data)
-        with Mount(server, tmp_path / "mnt", "mem=256m,nocto,actimeo=600") as mount:
+        (server.directory / "unread").write_bytes(data)
+        with Mount(server, tmp_path / "mnt", f"mem=256m,{options}".rstrip(",")) as mount:
             path = mount.path / "data"
-            assert os.listdir(mount.path) == ["data"]
+            names = {"data", "unread"}
+            assert set(os.listdir(mount.path)) == names
             assert path.read_bytes() == data
             server.pause()
             try:
-                assert read(path) == data
-                assert path.stat().st_size == len(data)
-                assert not (mount.path / "missing").exists()
+                for _ in range(3):
+                    assert read(path) == data
+                    assert path.stat().st_size == len(data)
+                    assert set(os.listdir(mount.path)) == names
+                waiting = multiprocessing.get_context("fork").Process(target=(mount.path / "unread").read_bytes)
+                waiting.start()
+                waiting.join(1)
+                assert waiting.is_alive()
             finally:
                 server.resume()
+            waiting.join(20)
+            assert waiting.exitcode == 0
+            (server.directory / "data").write_bytes(data[::-1])
+            wait_until(lambda: path.read_bytes() == data[::-1] or options.startswith("nocto"))
 
 
 def test_a_listing_seen_before_is_not_read_again(server: Ganesha, export: Path, tmp_path: Path) -> None:
