@@ -157,7 +157,7 @@ def small_files(root: Path, count: int, rounds: int, rows: Rows, targets: Target
         local = server.directory
         with Proxy(server.port) as proxy, floor(root / "floor", count, 0, file_bytes=FILE_BYTES) as low:
             proxy.delay_s = 0.0005  # there and back
-            for options, key in (("nocto,actimeo=3600,mem=0", "without"), ("nocto,actimeo=3600", "with")):
+            for options, key in (("nocto,actimeo=3600,mem=0", "without"), ("nocto,actimeo=3600,mem=4g", "with")):
                 clear_memory_tier()
                 with Mount(server, root / "mnt", options, port=proxy.port) as mount:
                     os.listdir(mount.path)

@@ -1,8 +1,8 @@
 """Small files that will be read next: the rest of a directory of which several files were read.
 
-A reader that opens files in the order of the listing gets those that follow; one that opens a good part of a
-directory in any order gets all of it. It works from kept listings (`directories.py`), so after a readdir: the
-handles and versions are known and nothing but the bytes is asked for. They go into the cache.
+A reader that opens files in the order of the listing, or against it, gets those that follow; one that opens a
+good part of a directory in any order gets all of it. It works from kept listings (`directories.py`), so after a
+readdir: the handles and versions are known and nothing but the bytes is asked for. They go into the cache.
 """
 
 import logging
@@ -35,16 +35,18 @@ MAX_DIRECTORIES = 256
 
 
 class Progress:
-    """What was opened of one directory: the last place in its listing, opens in order, opens in all."""
+    """What was opened of one directory: the last place in its listing, which way, opens in order, opens in all."""
 
-    __slots__ = ("ahead_to", "in_order", "number", "opened", "place", "running")
+    __slots__ = ("ahead_to", "in_order", "number", "opened", "place", "running", "step")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.place = -1
+        # 1: in the order of the listing; -1: against it.
+        self.step = 1
         self.in_order = 0
         self.opened = 0
-        # The first place that was not prefetched yet.
+        # The next place to prefetch.
         self.ahead_to = 0
         self.running = False
 
@@ -71,7 +73,10 @@ class Prefetch:
             if len(self._progress) > MAX_DIRECTORIES:
                 self._progress.popitem(last=False)
         self._progress.move_to_end(directory.ino)
-        progress.in_order = progress.in_order + 1 if 0 < place - progress.place <= MAX_GAP else 0
+        moved = (place - progress.place) * progress.step
+        progress.in_order = progress.in_order + 1 if 0 < moved <= MAX_GAP else 0
+        if moved < 0 and not progress.running:
+            progress.step, progress.ahead_to = -progress.step, place
         progress.place = place
         progress.opened += 1
         if progress.running:
@@ -84,25 +89,40 @@ class Prefetch:
     async def _run(self, progress: Progress, cred: Credential, everything: bool) -> None:
         """Prefetch from the reader's place on; ends when it is far enough ahead, until the next open."""
         try:
-            ahead_bytes = 0
-            if not everything:
-                progress.ahead_to = max(progress.ahead_to, progress.place + 1)
+            ahead_bytes, step = 0, progress.step
+            if everything:
+                step, progress.ahead_to = 1, 0
+            elif (progress.ahead_to - progress.place) * step <= 0:
+                progress.ahead_to = progress.place + step
             async with trio.open_nursery() as nursery:
                 while self._reader.has_room and (
-                    everything or progress.ahead_to - progress.place < AHEAD_FILES
+                    everything or (progress.ahead_to - progress.place) * step < AHEAD_FILES
                 ):
-                    entries = self._directories.listings.at(progress.number, progress.ahead_to, MAX_AT_ONCE)
+                    entries = self._batch(progress, step)
                     for entry in entries:
                         if entry.attr is None or entry.attr.type != nfs3.NF3REG or entry.attr.size > SMALL_FILE_BYTES:
                             continue
                         ahead_bytes += entry.attr.size
                         await self._at_once.acquire_on_behalf_of(entry)
                         nursery.start_soon(self._load, entry, cred)
-                    progress.ahead_to += len(entries)
                     if not entries or (ahead_bytes > AHEAD_BYTES and not everything):
                         break
         finally:
             progress.running = False
+
+    def _batch(self, progress: Progress, step: int) -> list[DirEntryPlus]:
+        """The next entries in the reader's direction."""
+        listings = self._directories.listings
+        if step > 0:
+            entries = listings.at(progress.number, progress.ahead_to, MAX_AT_ONCE)
+            progress.ahead_to += len(entries)
+            return entries
+        low = max(0, progress.ahead_to - MAX_AT_ONCE + 1)
+        if progress.ahead_to < 0:
+            return []
+        entries = listings.at(progress.number, low, progress.ahead_to - low + 1)
+        progress.ahead_to = low - 1
+        return entries[::-1]
 
     async def _load(self, entry: DirEntryPlus, cred: Credential) -> None:
         assert entry.attr is not None and entry.fh is not None
