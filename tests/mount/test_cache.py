@@ -187,7 +187,8 @@ def test_what_memory_evicts_comes_back_from_the_disk(small_memory: tuple[Watched
     read_until_on_disk(watched, here / "data", data, 40 * MIB)
     before = watched.fetched()
     assert read(here / "data") == data
-    assert watched.fetched() - before < 30 * MIB
+    # A request of which the disk has only a part is fetched whole.
+    assert watched.fetched() - before < len(data) - 20 * MIB
     assert int(str(watched.tier("ssd0")["hits"])) > 10
 
 
