@@ -333,11 +333,15 @@ class Mount:
         ports = f"port={port or server.port},mountport={server.mount_port}"
         self.options = f"{ports},{options}" if options else ports
         self.source = f"127.0.0.1:{server.export}"
+        # A test that kills the daemon says so; in any other it must not die, however well that is hidden.
+        self.daemon_may_die = False
+        self._daemon_pid: object = None
 
     def __enter__(self) -> "Mount":
         self.path.mkdir(parents=True, exist_ok=True)
         done = efcfs("mount", "-o", self.options, self.source, str(self.path))
         assert done.returncode == 0, done.stderr
+        self._daemon_pid = self.status()["daemon_pid"]
         return self
 
     def __exit__(
@@ -347,7 +351,9 @@ class Mount:
             if error is not None:
                 efcfs("umount", "-f", str(self.path))
             elif is_mounted(self.path):
+                daemon_pid = None if self.daemon_may_die else self.status()["daemon_pid"]
                 self.umount()
+                assert self.daemon_may_die or daemon_pid == self._daemon_pid, "the daemon died: see its log"
         finally:
             if is_mounted(self.path):  # the command failed: no later test may hang in what it left
                 subprocess.run(["umount", "-l", self.path], check=False)

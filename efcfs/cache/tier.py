@@ -16,6 +16,7 @@ import errno
 import logging
 import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -54,12 +55,12 @@ class Leaving(NamedTuple):
     file_bytes: int
 
 
-# Given a victim, and what gets its bytes; must not wait.
 # What LMDB says of a file that is not what it wrote.
 DAMAGE = (
     lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.IncompatibleError, lmdb.BadTxnError,
     lmdb.PanicError, lmdb.VersionMismatchError, lmdb.PageFullError, lmdb.CursorFullError, lmdb.BadValsizeError,
 )  # fmt: skip
+# Given a victim, and what gets its bytes; must not wait.
 Demote = Callable[[Victim, Callable[[Victim], Leaving | None]], None]
 
 
@@ -90,6 +91,8 @@ class Tier:
         self._reading = 0
         self._touched: set[tuple[bytes, int]] = set()
         self._to_punch: deque[tuple[int, bytes, int]] = deque()
+        # One thread evicts and punches at a time: the one that keeps house, or one that looks for room.
+        self._evicting = threading.RLock()
         self._data = f"{directory}/data"
         self._damaged = False
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -302,6 +305,10 @@ class Tier:
 
     def evict(self, demote: Demote | None = None, *, at_least: int = 0) -> bool:
         """Bring the tier below its low water; `demote` is given what leaves. False: there was nothing to evict."""
+        with self._evicting:
+            return self._evict(demote, at_least)
+
+    def _evict(self, demote: Demote | None, at_least: int) -> bool:
         evicted = 0
         while evicted < at_least or self.pressure() > LOW_WATER:
             with self.index.change() as txn:
@@ -351,9 +358,10 @@ class Tier:
 
     def punch_due(self) -> None:
         """Free the memory of evicted extents at which nobody looks any more."""
-        if self._to_punch:
-            oldest = self.index.oldest_reader()
-            self._punch(sum(1 for at, _, _ in self._to_punch if at <= oldest))
+        with self._evicting:
+            if self._to_punch:
+                oldest = self.index.oldest_reader()
+                self._punch(sum(1 for at, _, _ in self._to_punch if at <= oldest))
 
     def _punch(self, count: int) -> None:
         with self.index.change() as txn:

@@ -183,19 +183,19 @@ class Inodes:
         if inode is None:
             return
         inode.parent, inode.name, inode.mode = new_parent, new_name, None
-        with self._env.begin(write=True) as txn:
+        with self._done_already() as txn:
             txn.delete(_KEY.pack(parent) + name, db=self._by_name)
             txn.put(_KEY.pack(new_parent) + new_name, _KEY.pack(inode.ino), db=self._by_name)
             self._put(txn, inode)
 
     def removed(self, parent: int, name: bytes) -> None:
         """The name is gone; its file may live on under other names or handles."""
-        with self._env.begin(write=True, db=self._by_name) as txn:
-            txn.delete(_KEY.pack(parent) + name)
+        with self._done_already() as txn:
+            txn.delete(_KEY.pack(parent) + name, db=self._by_name)
 
     def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
         """The kernel dropped so many lookups of each node id; at none left the identity goes."""
-        with self._env.begin(write=True) as txn:
+        with self._done_already() as txn:
             for ino, nlookup in forgotten:
                 try:
                     inode = self.get(ino, txn)
@@ -217,6 +217,15 @@ class Inodes:
     def __len__(self) -> int:
         with self._env.begin() as txn:
             return int(txn.stat(self._by_ino)["entries"])
+
+    @contextlib.contextmanager
+    def _done_already(self) -> Iterator[lmdb.Transaction]:
+        """A transaction that notes what is done already: without room for it the index keeps old names."""
+        try:
+            with self._env.begin(write=True) as txn:
+                yield txn
+        except lmdb.DiskError as error:
+            log.warning("identities are not brought up to date: %s", error)
 
     def _new(self, txn: lmdb.Transaction, fh: bytes, parent: int, name: bytes, fileid: int, fsid: int) -> Inode:
         if not ROOT_INO < fileid < OWN_NUMBERS:

@@ -262,11 +262,14 @@ def test_a_full_dev_shm_costs_nothing_but_the_cache(server: Ganesha, export: Pat
         set -e
         mount -t tmpfs -o size=24m small /dev/shm
         {efcfs} mount -o {options} 127.0.0.1:{server.export} {tmp_path}/mnt
+        daemon() {{ {efcfs} status --json {tmp_path}/mnt | grep daemon_pid; }}
+        before=$(daemon)
         cmp {tmp_path}/mnt/{export.name}/data {export}/data
         dd if=/dev/zero of=/dev/shm/rest bs=64k 2>/dev/null || true
         echo 3 > /proc/sys/vm/drop_caches
         cmp {tmp_path}/mnt/{export.name}/data {export}/data
         ls {tmp_path}/mnt/{export.name}
+        test "$before" = "$(daemon)"
         {efcfs} umount {tmp_path}/mnt
     """
     done = subprocess.run(
@@ -380,6 +383,7 @@ def test_a_listing_seen_before_is_not_read_again(server: Ganesha, export: Path, 
         here = watched.mount.path / export.name
         assert set(os.listdir(here)) == names
         pid = watched.mount.status()["daemon_pid"]
+        watched.mount.daemon_may_die = True
         os.kill(int(str(pid)), 9)
         wait_until(lambda: watched.mount.status().get("daemon_pid") not in (pid, None))
         before = watched.fetched()
@@ -388,8 +392,6 @@ def test_a_listing_seen_before_is_not_read_again(server: Ganesha, export: Path, 
         assert watched.fetched() - before < 20_000
         (export / "one more").touch()
         wait_until(lambda: set(os.listdir(here)) == names | {"one more"})
-
-
 
 
 @pytest.mark.parametrize("step", [1, -1])
