@@ -52,6 +52,32 @@ def floor(
         process.wait(10)
 
 
+class Far:
+    """A server's port, so much further away: `delay_s` in each direction (bench/far.c)."""
+
+    def __init__(self, port: int, delay_s: float) -> None:
+        words = [str(built("far")), str(port), str(round(delay_s * 1e6))]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "Far":
+        self.port = self._line()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    @property
+    def bytes_to_client(self) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._line()
+
+    def _line(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+
 class Load:
     """One run of the load generator."""
 

@@ -5,6 +5,7 @@ and imports no trio; it must answer within five seconds even when the daemon doe
 """
 
 import json
+import logging
 import os
 import socket
 import struct
@@ -12,6 +13,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
 MAX_REQUEST_BYTES = 65536
@@ -146,7 +149,11 @@ async def _answer(line: bytes, uid: int, commands: Mapping[str, Command]) -> Ans
         command = commands[request["cmd"]]
     except (ValueError, KeyError, TypeError):
         return {"error": f"unknown request; there is {', '.join(commands)}"}
-    return await command(request)
+    try:
+        return await command(request)
+    except Exception as error:
+        log.exception("bug: the command %s failed", request["cmd"])
+        return {"error": f"internal error ({error}): see the log"}
 
 
 def _unescaped(field: bytes) -> str:

@@ -72,9 +72,10 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
 
         commands = {"status": status, **cache_commands(fs.warmup, store)}
         nursery.start_soon(control.serve, Path(str(request["runtime_dir"])) / "control", commands)
+        operations = Operations(fs, nursery)
         await serve(
-            Operations(fs, nursery), fds[0], base64.b64decode(hand_over["init"]), first=bool(hand_over["first"]),
-            on_ready=lambda: say(keeper, ready=True),
+            operations, fds[0], base64.b64decode(hand_over["init"]), first=bool(hand_over["first"]),
+            on_ready=lambda: say(keeper, ready=True), reads=operations if operations.opens_nothing else None,
         )  # fmt: skip
         await finish(fs, config)
         nursery.cancel_scope.cancel()
@@ -170,7 +171,7 @@ def tiers(store: Store | None) -> list[control.Answer]:
     """The tiers' objects of `efcfs status --json`; the counts are of this daemon."""
     told: list[control.Answer] = []
     for tier in store.tiers if store is not None else ():
-        used_bytes, items, capacity_bytes = tier.index.totals()
+        used_bytes, items, capacity_bytes = tier.totals()
         told.append({
             "name": tier.name, "path": str(tier.directory), "state": "up" if tier.usable() else "failed",
             "capacity_bytes": capacity_bytes, "used_bytes": used_bytes, "items": items, **asdict(tier.counters),

@@ -351,9 +351,10 @@ class Mount:
             if error is not None:
                 efcfs("umount", "-f", str(self.path))
             elif is_mounted(self.path):
-                daemon_pid = None if self.daemon_may_die else self.status()["daemon_pid"]
+                status = self.status()
                 self.umount()
-                assert self.daemon_may_die or daemon_pid == self._daemon_pid, "the daemon died: see its log"
+                same = status.get("daemon_pid") == self._daemon_pid
+                assert same or self.daemon_may_die, f"the daemon died or hung: {status}"
         finally:
             if is_mounted(self.path):  # the command failed: no later test may hang in what it left
                 subprocess.run(["umount", "-l", self.path], check=False)

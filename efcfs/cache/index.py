@@ -197,12 +197,9 @@ class Change:
         if victim.record.queue == SMALL and victim.record.mask:
             self._remember(at)
 
-    def set_file(self, identity: bytes, key: bytes) -> bytes | None:
-        """`key` is the present version of the file; returns the key of the version before, if it is another."""
-        old = self._txn.get(identity, db=self._index.files)
-        if old != key:
-            self._txn.put(identity, key, db=self._index.files)
-        return bytes(old) if old is not None and old != key else None
+    def set_version(self, identity: bytes, key: bytes) -> None:
+        """`key` is the present version of the file."""
+        self._txn.put(identity, key, db=self._index.files)
 
     def forget_all(self) -> None:
         for db in (self._index.extents, self._index.files, self._index.ghosts, *self._index.queues):
@@ -308,6 +305,12 @@ class Index:
 
     def change(self) -> Change:
         return Change(self)
+
+    def present_version(self, identity: bytes) -> bytes | None:
+        """The key of the version of a file that was last set."""
+        with self.env.begin(db=self.files) as txn:
+            found = txn.get(identity)
+        return bytes(found) if found is not None else None
 
     def totals(self) -> tuple[int, int, int]:
         """Bytes, extents, and the capacity in bytes that was last set (0: never)."""

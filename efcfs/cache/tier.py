@@ -111,6 +111,13 @@ class Tier:
         with self.index.change() as txn:
             txn.set_capacity(capacity_bytes)
 
+    def totals(self) -> tuple[int, int, int]:
+        """Bytes, items and capacity in bytes; of a disk that fails only the last is known."""
+        try:
+            return self.index.totals() if self.usable() else (0, 0, self.capacity_bytes)
+        except lmdb.Error:  # who uses it next takes the tier out
+            return 0, 0, self.capacity_bytes
+
     def pressure(self) -> float:
         """How full the tier is by the tightest of its quotas: bytes, items, free space; 1.0 is full."""
         used_bytes, items, capacity_bytes = self.index.totals()

@@ -25,6 +25,7 @@ from pyfuse3 import (
     StatvfsData,
 )
 
+from efcfs.fuse.unopened import Caller, StorePages
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
@@ -82,6 +83,8 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, fs: FileSystem, nursery: trio.Nursery) -> None:
         self._fs = fs
+        # OPEN is answered ENOSYS and READs come by node id (`unopened.py`).
+        self.opens_nothing = fs.is_immutable
         self._credentials: dict[tuple[int, int, int], tuple[float, Credential]] = {}
         fs.attributes.kernel = _Kernel(nursery)
 
@@ -195,6 +198,8 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if self.opens_nothing:
+            raise FUSEError(errno.ENOSYS)
         return _file_info(await self._fs.open(inode, flags, self._credential(ctx)))
 
     @_answered
@@ -208,6 +213,20 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         # pyfuse3 takes any buffer and hands it to writev without a copy.
         return await self._fs.read(fh, off, size)  # type: ignore[return-value]
+
+    def serve_unopened(self, store_pages: StorePages) -> None:
+        if self._fs.prefetch is not None:
+            self._fs.prefetch.store_pages = store_pages
+
+    def read_at_once(self, ino: int, offset: int, size_bytes: int, caller: Caller) -> memoryview | bytes | None:
+        try:
+            return self._fs.read_at_once(ino, offset, size_bytes, self._credential(caller))
+        except KeyError:
+            raise FUSEError(errno.ESTALE) from None
+
+    @_answered
+    async def read_unopened(self, ino: int, offset: int, size_bytes: int, caller: Caller) -> memoryview | bytes:
+        return await self._fs.read_unopened(ino, offset, size_bytes, self._credential(caller))
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -266,7 +285,7 @@ class Operations(pyfuse3.Operations):
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def _credential(self, ctx: RequestContext) -> Credential:
+    def _credential(self, ctx: RequestContext | Caller) -> Credential:
         """Who calls, with supplementary groups (the kernel passes only one)."""
         key = (ctx.pid, ctx.uid, ctx.gid)
         now = time.monotonic()

@@ -14,6 +14,9 @@ from collections.abc import Callable
 import pyfuse3
 import trio
 
+from efcfs.fuse.unopened import Reads, serve_reads, widen
+from efcfs.nfs.nursery import open_nursery
+
 # <linux/fuse.h>, protocol 7.36 and later
 FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_PARALLEL_DIROPS = 1 << 18
@@ -51,28 +54,38 @@ def amend_init_reply(request: bytes, reply: bytes) -> bytes:
 
 
 async def serve(
-    operations: pyfuse3.Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[], None]
-) -> None:
+    operations: pyfuse3.Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[], None],
+    reads: Reads | None = None,
+) -> None:  # fmt: skip
     """Serve the mount behind `fuse_fd` until it is unmounted.
+
+    reads: serves READs without OPEN (`unopened.py`), past `operations`.
 
     first: nobody served it before, so the kernel waits for the INIT reply; otherwise requests that died
     with the daemon before are asked for again (kernel 6.9 or later).
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
+    tasks = MAX_TASKS if reads is None else min(MAX_TASKS, widen(ours, theirs))
     number = theirs.detach()
     pyfuse3.init(operations, f"/dev/fd/{number}", set())
     try:
         reply = await _shake_hands(ours, number, init_request)
-        os.dup2(fuse_fd, number)
-        os.close(fuse_fd)
         if first:
-            os.write(number, amend_init_reply(init_request, reply))
+            os.write(fuse_fd, amend_init_reply(init_request, reply))
         else:
-            os.write(number, struct.pack("<IiQ", 16, FUSE_NOTIFY_RESEND, 0))
+            os.write(fuse_fd, struct.pack("<IiQ", 16, FUSE_NOTIFY_RESEND, 0))
         on_ready()
-        await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+        if reads is None:
+            os.dup2(fuse_fd, number)
+            await pyfuse3.main(MIN_TASKS, tasks)
+        else:
+            async with open_nursery() as nursery:
+                nursery.start_soon(serve_reads, fuse_fd, ours, reads)
+                await pyfuse3.main(min(MIN_TASKS, tasks), tasks)
+                nursery.cancel_scope.cancel()
     finally:
+        os.close(fuse_fd)
         ours.close()
         pyfuse3.close(unmount=False)
 

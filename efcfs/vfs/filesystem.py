@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ FMODE_EXEC = 0o40
 # The kernel turns utimensat(UTIME_NOW) into its own time, and pyfuse3 does not tell; so recent it may have been that.
 MAYBE_NOW_NS = 1_000_000_000
 RENAME_NOREPLACE = 1
+# Files that are read without having been opened, of which the streams of reads are remembered.
+MAX_STANDING = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +97,15 @@ class FileSystem:
         self.reader = Reader(fetch_from(client), store, options.server_identity, self._learn, nursery)
         self._directories = Directories(client, self.attributes, inodes.listings, nursery)
         self.warmup = Warmup(client, self._directories, self.reader, store, nursery)
-        self._prefetch = Prefetch(self._directories, self.reader, nursery) if store is not None else None
+        self.prefetch = Prefetch(self._directories, self.reader, inodes, nursery) if store is not None else None
         self._client = client
         self._options = options
         self._inodes = inodes
         self._open: dict[int, Inode] = {}
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, Listing] = {}
+        # Handles of files that the kernel opens by itself, by node id; the last used last.
+        self._standing: OrderedDict[int, int] = OrderedDict()
         self._next_handle = 1
         self._hidden = 0
 
@@ -321,7 +326,7 @@ class FileSystem:
             await self.setattr(ino, cred, size_bytes=0)
             inode = self._inodes.get(ino)
             inode.kernel_size_bytes = 0
-        if self._prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
+        if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
             self._prefetch_beside(inode, cred)
         return self._opened(inode, flags, cred)
 
@@ -369,6 +374,25 @@ class FileSystem:
         earlier = set(map(id, extents))
         self.writer.overlay([*extents, *(e for e in file.extents if id(e) not in earlier)], offset, target)
         return target
+
+    @property
+    def is_immutable(self) -> bool:
+        """Whether that holds for every file: then nobody needs to be told of an open or a close."""
+        consistency = self._options.consistency
+        return consistency.default is Mode.IMMUTABLE and not consistency.by_path
+
+    def read_at_once(self, ino: int, offset: int, size_bytes: int, cred: Credential) -> memoryview | bytes | None:
+        """What `read_unopened` would answer, if memory has it."""
+        handle = self._handles[self._handle_of(ino, cred)]
+        attr = self._open[ino].attr
+        if attr is None:
+            return None
+        size_bytes = min(size_bytes, attr.size - offset)
+        return self.reader.at_once(handle, offset, size_bytes, attr) if size_bytes > 0 else b""
+
+    async def read_unopened(self, ino: int, offset: int, size_bytes: int, cred: Credential) -> memoryview | bytes:
+        """`read` of a file that was not opened, on an immutable mount."""
+        return await self.read(self._handle_of(ino, cred), offset, size_bytes)
 
     async def write(self, handle_id: int, offset: int, data: bytes) -> int:
         handle = self._handles[handle_id]
@@ -571,12 +595,12 @@ class FileSystem:
             self.attributes.kernel.drop_attributes(inode.ino)
 
     def _prefetch_beside(self, inode: Inode, cred: Credential) -> None:
-        assert self._prefetch is not None
+        assert self.prefetch is not None
         try:
             directory = self._inodes.get(inode.parent)
         except KeyError:
             return  # the kernel has forgotten it
-        self._prefetch.opened(directory, inode.name, cred)
+        self.prefetch.opened(directory, inode.name, cred)
 
     def _check_kernel_size(self, inode: Inode) -> None:
         """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.
@@ -605,6 +629,23 @@ class FileSystem:
         keep = inode.pages_version == now or bool(file.extents)
         inode.pages_version = now
         return Opened(number, keep, self._mode_of(inode) is Mode.STRICT)
+
+    def _handle_of(self, ino: int, cred: Credential) -> int:
+        """A handle for all readers of a file that the kernel opens by itself, kept for a while."""
+        number = self._standing.get(ino)
+        if number is not None:
+            self._standing.move_to_end(ino)
+            return number
+        inode = self._inodes.get(ino)
+        if self.prefetch is not None:
+            self._prefetch_beside(inode, cred)
+        number = self._standing[ino] = self._opened(inode, os.O_RDONLY, cred).handle
+        if len(self._standing) > MAX_STANDING:
+            _, oldest = self._standing.popitem(last=False)
+            handle = self._handles.pop(oldest)
+            handle.closed = True
+            self._open.pop(handle.file.ino).open_file = None
+        return number
 
     async def _sync(self, handle: Handle) -> None:
         if handle.file.extents:

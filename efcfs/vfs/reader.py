@@ -181,13 +181,24 @@ class Reader:
             return None
         return self._store.file(self.identity(fh), *version(attr))
 
-    async def load(self, cred: Credential, fh: bytes, ino: int, attr: Fattr, offset: int, size_bytes: int) -> bool:
-        """Bring a part of a file into the cache. False when there is no room. Raises what a READ raises."""
+    def has(self, fh: bytes, attr: Fattr) -> bool:
+        """Whether all of this version is in memory."""
+        return self._store is not None and self._store.has(self.identity(fh), *version(attr))
+
+    async def load(
+        self, cred: Credential, fh: bytes, ino: int, attr: Fattr, offset: int, size_bytes: int
+    ) -> memoryview | None:
+        """Bring a part of a file into the cache; None when there is no room. Raises what a READ raises.
+
+        The memory of the answer is good until the next await.
+        """
+        if not size_bytes:
+            return memoryview(b"")
         file = self.cached(fh, attr)
         if file is None or self._store is None:
-            return not attr.size
+            return None
         await self._bring(file, cred, fh, ino, offset, size_bytes, True)
-        return self._store.get(file, offset, size_bytes) is not None
+        return self._store.get(file, offset, size_bytes)
 
     # -- bringing things in ------------------------------------------------------------------------
 

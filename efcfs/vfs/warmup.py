@@ -176,7 +176,7 @@ class Warmup:
             length_bytes = min(EXTENT_BYTES, file.attr.size - offset)
             await self._in_turn(job, length_bytes)
             for _ in range(ROOM_TRIES):
-                if await self._reader.load(cred, file.fh, 0, file.attr, offset, length_bytes):
+                if await self._reader.load(cred, file.fh, 0, file.attr, offset, length_bytes) is not None:
                     break
                 if version(await self._client.getattr(cred, file.fh)) != version(file.attr):
                     raise NoRoom("changed while it was read")

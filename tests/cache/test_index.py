@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efcfs.cache.index import CHUNK_BYTES, CHUNKS, FULL_MASK, Index, Unusable
-from efcfs.cache.tier import Tier
+from efcfs.cache.tier import HIGH_WATER, Tier
 
 KEYS = [bytes([i]) * 16 for i in range(3)]
 FULL = [(chunk, bytes(8)) for chunk in range(CHUNKS)]
@@ -106,6 +106,19 @@ def test_one_pass_over_a_huge_file_does_not_empty_the_cache(tmp_path: Path) -> N
         kept = sum(tier.index.mask(KEYS[0], number) == FULL_MASK for number in range(60))
         assert kept >= 55
         assert tier.index.totals()[0] <= 100 * 1024 * 1024
+    finally:
+        tier.close()
+
+
+def test_a_tier_holds_no_more_items_than_its_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efcfs.cache.tier.MAX_ITEMS", 100)
+    tier = Tier("mem", tmp_path, 1 << 40, in_memory=True)
+    try:
+        fill(tier, b"k" * 16, range(99))
+        assert tier.pressure() > HIGH_WATER
+        assert tier.evict()
+        _, items, _ = tier.index.totals()
+        assert 50 < items <= 90
     finally:
         tier.close()
 

@@ -90,6 +90,70 @@ def test_a_second_read_does_not_touch_the_network(server: Ganesha, export: Path,
         assert watched.fetched() - before < 5000  # an ACCESS for each open, no READ
 
 
+def test_a_file_in_the_page_cache_is_read_without_asking_the_daemon(
+    server: Ganesha, export: Path, tmp_path: Path
+) -> None:
+    data = random.Random(20).randbytes(3 * MIB)
+    (export / "data").write_bytes(data)
+    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+        path = watched.mount.path / export.name / "data"
+
+        def asked() -> int:
+            tier = watched.tier("mem")
+            return int(str(tier["hits"])) + int(str(tier["misses"]))
+
+        assert path.read_bytes() == data
+        before = asked()
+        assert before > 0
+        assert path.read_bytes() == data
+        assert asked() == before
+        (export / "data").write_bytes(data[::-1])
+        assert path.read_bytes() == data[::-1]
+        assert asked() > before
+
+
+def test_a_strided_reader_is_read_ahead(server: Ganesha, export: Path, tmp_path: Path) -> None:
+    data = random.Random(21).randbytes(64 * MIB)
+    (export / "data").write_bytes(data)
+    stride, piece = 2 * MIB, 64 * 1024
+    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+        fd = os.open(watched.mount.path / export.name / "data", os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        try:
+            for i in range(8):
+                assert os.pread(fd, piece, i * stride) == data[i * stride :][:piece]
+            # Those after the eighth come by themselves, and nothing of what lies between.
+            wait_until(lambda: watched.fetched() > 15 * piece)
+            before = watched.fetched()
+            for i in range(8, 12):
+                assert os.pread(fd, piece, i * stride) == data[i * stride :][:piece]
+            assert before < 20 * piece
+            wait_until(lambda: watched.fetched() > 19 * piece)
+            assert watched.fetched() < 24 * piece
+        finally:
+            os.close(fd)
+
+
+def test_several_disks_share_the_files(server: Ganesha, export: Path, tmp_path: Path) -> None:
+    files = {f"file-{i}": random.Random(i).randbytes(4 * MIB) for i in range(16)}
+    for name, data in files.items():
+        (export / name).write_bytes(data)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with Watched(server, tmp_path / "mnt", f"mem=16m,ssd={tmp_path}/one:1g,ssd={tmp_path}/two:1g") as watched:
+        here = watched.mount.path / export.name
+
+        def used() -> list[int]:
+            assert all(read(here / name) == data for name, data in files.items())
+            return [int(str(watched.tier(f"ssd{i}")["used_bytes"])) for i in (0, 1)]
+
+        wait_until(lambda: sum(used()) >= 48 * MIB, timeout_s=60)
+        assert min(used()) > 0
+        before = watched.fetched()
+        assert all(read(here / name) == data for name, data in files.items())
+        assert watched.fetched() - before < 40 * MIB  # of 64
+
+
 def test_a_new_mount_finds_the_cache_warm(server: Ganesha, export: Path, tmp_path: Path) -> None:
     data = random.Random(2).randbytes(5 * MIB)
     (export / "data").write_bytes(data)
@@ -300,7 +364,9 @@ def test_a_disk_that_fills_up_or_turns_read_only_costs_nothing_but_the_cache(
                 assert read(here / "data") == data
             (disk / "other").unlink()
             subprocess.run(["mount", "--bind", disk, disk], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+            # Busy as long as the daemon writes there.
+            read_only = ["mount", "-o", "remount,bind,ro", str(disk)]
+            wait_until(lambda: subprocess.run(read_only, check=False, capture_output=True).returncode == 0)
             try:
                 for _ in range(3):
                     assert read(here / "data") == data

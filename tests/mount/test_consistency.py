@@ -1,8 +1,13 @@
 """close-to-open, strict and immutable, each with two mounts and with a change made on the server."""
 
 import errno
+import mmap
 import os
+import random
+import signal
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +51,33 @@ def test_immutable_asks_nothing_twice_and_changes_nothing(mount_factory: MountFa
         with pytest.raises(OSError) as caught:
             change()
         assert caught.value.errno == errno.EROFS
+
+
+def test_immutable_serves_files_that_the_kernel_opens_by_itself(mount_factory: MountFactory, place: Place) -> None:
+    contents = {f"file-{i:04}": random.Random(i).randbytes(random.Random(i).randrange(0, 300_000)) for i in range(1200)}
+    contents["large"] = random.Random(-1).randbytes(40 * 1024 * 1024)
+    for name, data in contents.items():
+        (place.there / name).write_bytes(data)
+    mount = mount_factory("consistency=immutable")
+    here = place.through(mount)
+    assert set(os.listdir(here)) == set(contents)
+
+    def read_all(seed: int) -> None:
+        for name in random.Random(seed).sample(sorted(contents), len(contents)):
+            assert (here / name).read_bytes() == contents[name], name
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(read_all, seed) for seed in range(4)]:
+            done.result()
+    with open(here / "large", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        mount.daemon_may_die = True
+        os.kill(int(str(mount.status()["daemon_pid"])), signal.SIGKILL)
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        assert mapped[:] == contents["large"]  # read by another daemon, which never saw an OPEN
+    reader = subprocess.Popen(["cat", here / "missing", here / "large"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reader.kill()
+    reader.communicate()
+    read_all(5)
 
 
 def test_rules_set_the_consistency_by_path(mount_factory: MountFactory, place: Place, tmp_path: Path) -> None:
