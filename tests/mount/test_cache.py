@@ -81,7 +81,7 @@ def small_memory(server: Ganesha, export: Path, tmp_path: Path) -> Iterator[tupl
 def test_a_second_read_does_not_touch_the_network(server: Ganesha, export: Path, tmp_path: Path) -> None:
     data = random.Random(1).randbytes(20 * MIB + 5)
     (export / "data").write_bytes(data)
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         path = watched.mount.path / export.name / "data"
         assert read(path) == data
         before = watched.fetched()
@@ -95,7 +95,7 @@ def test_a_file_in_the_page_cache_is_read_without_asking_the_daemon(
 ) -> None:
     data = random.Random(20).randbytes(3 * MIB)
     (export / "data").write_bytes(data)
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         path = watched.mount.path / export.name / "data"
 
         def asked() -> int:
@@ -116,7 +116,7 @@ def test_a_strided_reader_is_read_ahead(server: Ganesha, export: Path, tmp_path:
     data = random.Random(21).randbytes(64 * MIB)
     (export / "data").write_bytes(data)
     stride, piece = 2 * MIB, 64 * 1024
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         fd = os.open(watched.mount.path / export.name / "data", os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         try:
@@ -158,7 +158,7 @@ def test_a_new_mount_finds_the_cache_warm(server: Ganesha, export: Path, tmp_pat
     data = random.Random(2).randbytes(5 * MIB)
     (export / "data").write_bytes(data)
     for first in (True, False):
-        with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+        with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
             assert read(watched.mount.path / export.name / "data") == data
             assert (watched.fetched() > len(data)) == first
 
@@ -167,8 +167,8 @@ def test_two_mounts_share_the_cache(server: Ganesha, export: Path, tmp_path: Pat
     data = random.Random(3).randbytes(5 * MIB)
     (export / "data").write_bytes(data)
     with (
-        Watched(server, tmp_path / "one", "mem=256m") as one,
-        Watched(server, tmp_path / "two", "mem=256m") as two,
+        Watched(server, tmp_path / "one", "mem=2g") as one,
+        Watched(server, tmp_path / "two", "mem=2g") as two,
     ):
         assert read(one.mount.path / export.name / "data") == data
         assert read(two.mount.path / export.name / "data") == data
@@ -179,7 +179,7 @@ def test_a_random_read_fetches_a_chunk_and_not_a_megabyte(server: Ganesha, expor
     data = random.Random(4).randbytes(64 * MIB)
     (export / "data").write_bytes(data)
     rng = random.Random(5)
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         fd = os.open(watched.mount.path / export.name / "data", os.O_RDONLY)
         try:
             before = watched.fetched()
@@ -197,7 +197,7 @@ def test_concurrent_readers_of_a_missing_block_cause_one_fetch(
     data = random.Random(6).randbytes(MIB)
     (export / "data").write_bytes(data)
     right: list[bool] = []
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         watched.proxy.delay_s = 0.05
         path = watched.mount.path / export.name / "data"
         # Direct reads: each of them is a request to the daemon, whatever the page cache has.
@@ -275,7 +275,7 @@ def test_flipped_bits_on_the_disk_are_a_miss_and_are_counted(
 def test_flipped_bits_in_memory_are_found_with_verify_all(server: Ganesha, export: Path, tmp_path: Path) -> None:
     data = random.Random(10).randbytes(3 * MIB)
     (export / "data").write_bytes(data)
-    with Watched(server, tmp_path / "mnt", "mem=256m,verify=all") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g,verify=all") as watched:
         path = watched.mount.path / export.name / "data"
         assert read(path) == data
         for cached in cache_dir(0).glob("data/*/*"):
@@ -292,7 +292,7 @@ def test_a_file_that_changed_on_the_server_between_epochs_is_read_anew(
 ) -> None:
     old, new = (random.Random(seed).randbytes(3 * MIB) for seed in (11, 12))
     (export / "data").write_bytes(old)
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         path = watched.mount.path / export.name / "data"
         assert path.read_bytes() == old
         (export / "data").write_bytes(new)  # same size, same name, same inode
@@ -304,14 +304,14 @@ def test_an_index_deleted_while_running_costs_nothing_but_the_cache(
 ) -> None:
     data = random.Random(13).randbytes(10 * MIB)
     (export / "data").write_bytes(data)
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         path = watched.mount.path / export.name / "data"
         assert path.read_bytes() == data
         shutil.rmtree(cache_dir(0))
         assert read(path) == data
         (export / "other").write_bytes(data)
         assert (path.parent / "other").read_bytes() == data
-    with Watched(server, tmp_path / "mnt", "mem=256m") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g") as watched:
         assert read(watched.mount.path / export.name / "data") == data
 
 
@@ -418,7 +418,7 @@ def test_what_is_cached_is_served_while_the_server_is_away(
     with Ganesha(tmp_path_factory.mktemp("own")) as server:
         (server.directory / "data").write_bytes(data)
         (server.directory / "unread").write_bytes(data)
-        with Mount(server, tmp_path / "mnt", f"mem=256m,{options}".rstrip(",")) as mount:
+        with Mount(server, tmp_path / "mnt", f"mem=2g,{options}".rstrip(",")) as mount:
             path = mount.path / "data"
             names = {"data", "unread"}
             assert set(os.listdir(mount.path)) == names
@@ -467,7 +467,7 @@ def test_reading_small_files_in_order_fetches_those_that_follow(
     data = {f"{i:03}": random.Random(i).randbytes(50_000) for i in range(100)}
     for name, contents in data.items():
         (export / name).write_bytes(contents)
-    with Watched(server, tmp_path / "mnt", "mem=256m,nocto,actimeo=600") as watched:
+    with Watched(server, tmp_path / "mnt", "mem=2g,nocto,actimeo=600") as watched:
         here = watched.mount.path / export.name
         names = os.listdir(here)[::step]
         for name in names[:6]:
