@@ -80,6 +80,11 @@ def start_on_request(command: list[str]) -> None:
         print(child, flush=True)
 
 
+def state(process: Path) -> str:
+    """R, S, D, T … of a process or thread, from its directory in /proc."""
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 def start_rpcbind() -> None:
     """One for the machine; left running, as a system's own would be."""
     if answers_null(111, PORTMAP):
@@ -165,8 +170,13 @@ class Ganesha:
         self._starter = None
 
     def pause(self) -> None:
-        """SIGSTOP: the machine's kernel still takes connections and bytes; nobody answers."""
+        """SIGSTOP: the machine's kernel still takes connections and bytes; nobody answers when this returns."""
         os.kill(self._pid, signal.SIGSTOP)
+        ends = time.monotonic() + 10
+        # A thread that runs on another processor goes on until the signal reaches it.
+        while not all(state(task) == "T" for task in Path(f"/proc/{self._pid}/task").iterdir()):
+            assert time.monotonic() < ends, "the server does not stop"
+            time.sleep(0.001)
 
     def resume(self) -> None:
         os.kill(self._pid, signal.SIGCONT)
