@@ -24,6 +24,7 @@ from efcfs.cache.index import Unusable
 from efcfs.cache.store import Store
 from efcfs.cache.tier import Tier
 from efcfs.config import MountConfig, memory_bytes
+from efcfs.fuse.notify import KernelCaches
 from efcfs.fuse.operations import Operations
 from efcfs.fuse.session import serve
 from efcfs.keeper import MESSAGE_BYTES, log_to
@@ -72,10 +73,10 @@ async def run(keeper: socket.socket, request: dict[str, object]) -> None:
 
         commands = {"status": status, **cache_commands(fs.warmup, store)}
         nursery.start_soon(control.serve, Path(str(request["runtime_dir"])) / "control", commands)
-        operations = Operations(fs, nursery)
+        fs.attach(KernelCaches(fds[0], nursery))
         await serve(
-            operations, fds[0], base64.b64decode(hand_over["init"]), first=bool(hand_over["first"]),
-            on_ready=lambda: say(keeper, ready=True), reads=operations if operations.opens_nothing else None,
+            Operations(fs), fds[0], base64.b64decode(hand_over["init"]), first=bool(hand_over["first"]),
+            on_ready=lambda: say(keeper, ready=True),
         )  # fmt: skip
         await finish(fs, config)
         nursery.cancel_scope.cancel()

@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
-import trio
 from pyfuse3 import (
     EntryAttributes,
     FileInfo,
@@ -25,7 +24,7 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from efcfs.fuse.unopened import Caller, StorePages
+from efcfs.fuse.wire import Caller
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
@@ -55,6 +54,18 @@ MAX_GROUPS = 16
 READDIR_BATCH = 64
 
 
+def _told(operation: object, error: Exception) -> FUSEError:
+    """What the kernel is told of the failure of an operation."""
+    if isinstance(error, FUSEError):
+        return error
+    if isinstance(error, (OSError, *SERVER_ERRORS)):
+        return FUSEError(errno_of(error))
+    if isinstance(error, KeyError):
+        return FUSEError(errno.ESTALE)
+    log.error("bug: %s failed", operation, exc_info=error)
+    return FUSEError(errno.EIO)
+
+
 def _answered(
     operation: Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
@@ -62,15 +73,8 @@ def _answered(
     async def answered(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await operation(self, *args, **kwargs)
-        except (OSError, *SERVER_ERRORS) as error:
-            raise FUSEError(errno_of(error)) from None
-        except KeyError:
-            raise FUSEError(errno.ESTALE) from None
-        except FUSEError:
-            raise
-        except Exception:
-            log.exception("bug: %s failed", operation.__name__)
-            raise FUSEError(errno.EIO) from None
+        except Exception as error:
+            raise _told(operation, error) from None
 
     return answered
 
@@ -81,21 +85,15 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, fs: FileSystem, nursery: trio.Nursery) -> None:
+    def __init__(self, fs: FileSystem) -> None:
         self._fs = fs
-        # OPEN is answered ENOSYS and READs come by node id (`unopened.py`).
-        self.opens_nothing = fs.is_immutable
         self._credentials: dict[tuple[int, int, int], tuple[float, Credential]] = {}
-        fs.attributes.kernel = _Kernel(nursery)
 
     # -- names -------------------------------------------------------------------------------------
 
     @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         return _entry(await self._fs.lookup(parent_inode, name, self._credential(ctx)))
-
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        self._fs.forget(inode_list)
 
     @_answered
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -198,8 +196,8 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        if self.opens_nothing:
-            raise FUSEError(errno.ENOSYS)
+        if self._fs.is_immutable:
+            raise FUSEError(errno.ENOSYS)  # the kernel asks no more, and READs come by node id
         return _file_info(await self._fs.open(inode, flags, self._credential(ctx)))
 
     @_answered
@@ -208,29 +206,6 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         opened, entry = await self._fs.create(parent_inode, name, mode, flags, self._credential(ctx))
         return _file_info(opened), _entry(entry)
-
-    @_answered
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        # pyfuse3 takes any buffer and hands it to writev without a copy.
-        return await self._fs.read(fh, off, size)  # type: ignore[return-value]
-
-    def serve_unopened(self, store_pages: StorePages) -> None:
-        if self._fs.prefetch is not None:
-            self._fs.prefetch.store_pages = store_pages
-
-    def read_at_once(self, ino: int, offset: int, size_bytes: int, caller: Caller) -> memoryview | bytes | None:
-        try:
-            return self._fs.read_at_once(ino, offset, size_bytes, self._credential(caller))
-        except KeyError:
-            raise FUSEError(errno.ESTALE) from None
-
-    @_answered
-    async def read_unopened(self, ino: int, offset: int, size_bytes: int, caller: Caller) -> memoryview | bytes:
-        return await self._fs.read_unopened(ino, offset, size_bytes, self._credential(caller))
-
-    @_answered
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._fs.write(fh, off, buf)
 
     @_answered
     async def flush(self, fh: int) -> None:
@@ -283,6 +258,33 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: int) -> None:
         self._fs.releasedir(fh)
 
+    # -- past libfuse (`wire.Files`) ---------------------------------------------------------------
+
+    def read_at_once(self, fh: int, ino: int, offset: int, size_bytes: int) -> memoryview | bytes | None:
+        try:
+            return self._fs.read_at_once(fh, ino, offset, size_bytes)
+        except Exception as error:
+            raise _told("read", error) from None
+
+    @_answered
+    async def read_later(
+        self, fh: int, ino: int, offset: int, size_bytes: int, caller: Caller
+    ) -> memoryview | bytes:
+        return await self._fs.read(fh or self._fs.handle_of(ino, self._credential(caller)), offset, size_bytes)
+
+    def write_at_once(self, fh: int, offset: int, data: memoryview) -> bool:
+        try:
+            return self._fs.write_at_once(fh, offset, data)
+        except Exception as error:
+            raise _told("write", error) from None
+
+    @_answered
+    async def write_later(self, fh: int, offset: int, data: memoryview) -> None:
+        await self._fs.write(fh, offset, data)
+
+    def forgotten(self, inodes: list[tuple[int, int]]) -> None:
+        self._fs.forget(inodes)
+
     # -- parts -------------------------------------------------------------------------------------
 
     def _credential(self, ctx: RequestContext | Caller) -> Credential:
@@ -297,29 +299,6 @@ class Operations(pyfuse3.Operations):
         credential = Credential(ctx.uid, ctx.gid, _groups(ctx.pid))
         self._credentials[key] = (now, credential)
         return credential
-
-
-class _Kernel:
-    """Takes things out of the kernel's caches (`vfs.attributes.Kernel`)."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-
-    def drop_attributes(self, ino: int) -> None:
-        try:
-            pyfuse3.invalidate_inode(ino, attr_only=True)
-        except OSError as error:
-            log.debug("invalidate attributes of %d: %s", ino, error)  # ENOENT: forgotten meanwhile
-
-    def drop_pages(self, ino: int) -> None:
-        self._nursery.start_soon(self._drop_pages, ino)
-
-    async def _drop_pages(self, ino: int) -> None:
-        # In a thread: it waits for locked pages, which wait for our answers to READs.
-        try:
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, abandon_on_cancel=True)
-        except OSError as error:
-            log.debug("invalidate pages of %d: %s", ino, error)
 
 
 def _groups(pid: int) -> tuple[int, ...]:

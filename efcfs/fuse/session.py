@@ -1,8 +1,8 @@
 """Serving an open /dev/fuse: the first start, a restart and an upgrade are the same thing.
 
 libfuse insists on opening a session with FUSE_INIT. The keeper has read the kernel's INIT request once and
-keeps it, so every daemon plays it to libfuse over a socketpair, and only then puts the real /dev/fuse in the
-socket's place. The reply that libfuse writes is improved on its way to the kernel, which sees only the
+keeps it, so every daemon plays it to libfuse over a socketpair, over which libfuse gets all other requests
+too (`wire.py`). The reply that libfuse writes is improved on its way to the kernel, which sees only the
 first one.
 """
 
@@ -14,7 +14,9 @@ from collections.abc import Callable
 import pyfuse3
 import trio
 
-from efcfs.fuse.unopened import Reads, serve_reads, widen
+from efcfs.fuse.notify import resend
+from efcfs.fuse.operations import Operations
+from efcfs.fuse.wire import Wire, widen
 from efcfs.nfs.nursery import open_nursery
 
 # <linux/fuse.h>, protocol 7.36 and later
@@ -22,7 +24,6 @@ FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_PARALLEL_DIROPS = 1 << 18
 FUSE_CACHE_SYMLINKS = 1 << 23
 FUSE_EXPLICIT_INVAL_DATA = 1 << 25
-FUSE_NOTIFY_RESEND = 7
 
 # Requests of one mount that the kernel may have waiting here: enough for readahead over 64 links.
 MAX_BACKGROUND = 256
@@ -54,19 +55,16 @@ def amend_init_reply(request: bytes, reply: bytes) -> bytes:
 
 
 async def serve(
-    operations: pyfuse3.Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[], None],
-    reads: Reads | None = None,
-) -> None:  # fmt: skip
+    operations: Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[], None]
+) -> None:
     """Serve the mount behind `fuse_fd` until it is unmounted.
-
-    reads: serves READs without OPEN (`unopened.py`), past `operations`.
 
     first: nobody served it before, so the kernel waits for the INIT reply; otherwise requests that died
     with the daemon before are asked for again (kernel 6.9 or later).
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
-    tasks = MAX_TASKS if reads is None else min(MAX_TASKS, widen(ours, theirs))
+    room = widen(ours, theirs, MAX_TASKS)
     number = theirs.detach()
     pyfuse3.init(operations, f"/dev/fd/{number}", set())
     try:
@@ -74,16 +72,13 @@ async def serve(
         if first:
             os.write(fuse_fd, amend_init_reply(init_request, reply))
         else:
-            os.write(fuse_fd, struct.pack("<IiQ", 16, FUSE_NOTIFY_RESEND, 0))
+            resend(fuse_fd)
         on_ready()
-        if reads is None:
-            os.dup2(fuse_fd, number)
-            await pyfuse3.main(MIN_TASKS, tasks)
-        else:
-            async with open_nursery() as nursery:
-                nursery.start_soon(serve_reads, fuse_fd, ours, reads)
-                await pyfuse3.main(min(MIN_TASKS, tasks), tasks)
-                nursery.cancel_scope.cancel()
+        wire = Wire(fuse_fd, ours, room.listed_bytes, operations)
+        async with open_nursery() as nursery:
+            nursery.start_soon(pyfuse3.main, min(MIN_TASKS, room.requests), room.requests)
+            await wire.run()
+            pyfuse3.terminate()  # it ends when what libfuse has is done
     finally:
         os.close(fuse_fd)
         ours.close()

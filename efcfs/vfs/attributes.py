@@ -38,11 +38,14 @@ class Timeouts:
 
 
 class Kernel(Protocol):
-    """What the file system asks of the kernel's caches; neither call waits."""
+    """What the file system asks of the kernel's caches."""
 
     def drop_attributes(self, ino: int) -> None: ...
 
     def drop_pages(self, ino: int) -> None: ...
+
+    def store_pages(self, ino: int, data: bytes) -> None:
+        """Put the bytes of a whole file into the page cache. Blocks: for a thread."""
 
 
 def version(attr: Fattr) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import DirEntryPlus, Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
-from efcfs.vfs.attributes import Attributes, Timeouts, version
+from efcfs.vfs.attributes import Attributes, Kernel, Timeouts, version
 from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories, Listing
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
@@ -242,6 +242,12 @@ class FileSystem:
             self.attributes.update_wcc(new, result.to_wcc, asked_at)
         self._renamed(old, name, new, new_name)
 
+    def attach(self, kernel: Kernel) -> None:
+        """From now on the kernel may be told things."""
+        self.attributes.kernel = kernel
+        if self.prefetch is not None and self.is_immutable:
+            self.prefetch.store_pages = kernel.store_pages
+
     def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
         self._inodes.forget(forgotten)
 
@@ -269,8 +275,8 @@ class FileSystem:
                 await self.writer.sync(file)  # or an old extent sent again would undo the truncation
             else:
                 await self.writer.flush(file)
-        if size_bytes is not None and size_bytes > self._client.max_file_bytes:
-            raise OSError(errno.EFBIG, "beyond the server's largest file")
+        if size_bytes is not None:
+            self._check_end(size_bytes)
         # NFSv3 has no times before 1970.
         times = (None if t is None else max(0, t) for t in (atime_ns, mtime_ns))
         sattr = Sattr(None if mode is None else stat.S_IMODE(mode), uid, gid, size_bytes, *times)
@@ -344,15 +350,30 @@ class FileSystem:
         entry = await self._made(directory, name, made, asked_at, cred)
         return self._opened(self._inodes.get(entry.ino), flags, cred), entry
 
+    def read_at_once(self, handle_id: int, ino: int, offset: int, size_bytes: int) -> memoryview | bytes | None:
+        """What `read` would answer, if memory has it. Handle 0: of a file that was not opened, by its node id."""
+        if not handle_id:
+            if ino not in self._standing:
+                return None
+            self._standing.move_to_end(ino)
+        handle = self._handles[handle_id or self._standing[ino]]
+        file = handle.file
+        inode = self._open[file.ino]
+        attr = inode.attr
+        if attr is None or file.extents or self._mode_of(inode) is Mode.STRICT:
+            return None
+        if not handle_id:
+            size_bytes = min(size_bytes, attr.size - offset)
+            if size_bytes <= 0:
+                return b""
+        return self.reader.at_once(handle, offset, size_bytes, attr)
+
     async def read(self, handle_id: int, offset: int, size_bytes: int) -> memoryview | bytes:
+        """Up to `size_bytes`, less only at the end of the file; good until the next await."""
         handle = self._handles[handle_id]
         file = handle.file
         inode = self._open[file.ino]
         strict = self._mode_of(inode) is Mode.STRICT
-        if not strict and not file.extents and inode.attr is not None:
-            cached = self.reader.at_once(handle, offset, size_bytes, inode.attr)
-            if cached is not None:
-                return cached
         attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
         # What gets committed while we ask may not be in the answer: it is laid over all the same.
         extents = list(file.extents)
@@ -381,30 +402,24 @@ class FileSystem:
         consistency = self._options.consistency
         return consistency.default is Mode.IMMUTABLE and not consistency.by_path
 
-    def read_at_once(self, ino: int, offset: int, size_bytes: int, cred: Credential) -> memoryview | bytes | None:
-        """What `read_unopened` would answer, if memory has it."""
-        handle = self._handles[self._handle_of(ino, cred)]
-        attr = self._open[ino].attr
-        if attr is None:
-            return None
-        size_bytes = min(size_bytes, attr.size - offset)
-        return self.reader.at_once(handle, offset, size_bytes, attr) if size_bytes > 0 else b""
-
-    async def read_unopened(self, ino: int, offset: int, size_bytes: int, cred: Credential) -> memoryview | bytes:
-        """`read` of a file that was not opened, on an immutable mount."""
-        return await self.read(self._handle_of(ino, cred), offset, size_bytes)
-
-    async def write(self, handle_id: int, offset: int, data: bytes) -> int:
+    def write_at_once(self, handle_id: int, offset: int, data: memoryview) -> bool:
+        """`write`, if it needs not wait. The memory of `data` is kept."""
         handle = self._handles[handle_id]
-        if offset + len(data) > self._client.max_file_bytes:
-            raise OSError(errno.EFBIG, "beyond the server's largest file")
-        await self.writer.write(handle, offset, data)
-        inode = self._inodes.get(handle.file.ino)
-        if inode.kernel_size_bytes is not None:
-            inode.kernel_size_bytes = max(inode.kernel_size_bytes, offset + len(data))
-        if handle.flags & os.O_SYNC:  # O_DSYNC is a part of it
+        if handle.flags & os.O_SYNC or not self.writer.has_room(len(data)):  # O_DSYNC is a part of O_SYNC
+            return False
+        self._check_end(offset + len(data))
+        self.writer.take(handle, offset, data)
+        self._grow(handle.file.ino, offset + len(data))
+        return True
+
+    async def write(self, handle_id: int, offset: int, data: memoryview) -> None:
+        handle = self._handles[handle_id]
+        self._check_end(offset + len(data))
+        await self.writer.room(len(data))
+        self.writer.take(handle, offset, data)
+        self._grow(handle.file.ino, offset + len(data))
+        if handle.flags & os.O_SYNC:
             await self._sync(handle)
-        return len(data)
 
     async def flush(self, handle_id: int) -> None:
         """close(2): what was written is committed, or its error reported."""
@@ -481,6 +496,16 @@ class FileSystem:
                     nursery.start_soon(self.writer.sync, inode.open_file)
 
     # -- parts -------------------------------------------------------------------------------------
+
+    def _check_end(self, end: int) -> None:
+        if end > self._client.max_file_bytes:
+            raise OSError(errno.EFBIG, "beyond the server's largest file")
+
+    def _grow(self, ino: int, end: int) -> None:
+        """The kernel's own idea of the size after a write."""
+        inode = self._inodes.get(ino)
+        if inode.kernel_size_bytes is not None:
+            inode.kernel_size_bytes = max(inode.kernel_size_bytes, end)
 
     def _number(self) -> int:
         self._next_handle += 1
@@ -630,7 +655,7 @@ class FileSystem:
         inode.pages_version = now
         return Opened(number, keep, self._mode_of(inode) is Mode.STRICT)
 
-    def _handle_of(self, ino: int, cred: Credential) -> int:
+    def handle_of(self, ino: int, cred: Credential) -> int:
         """A handle for all readers of a file that the kernel opens by itself, kept for a while."""
         number = self._standing.get(ino)
         if number is not None:

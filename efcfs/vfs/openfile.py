@@ -25,7 +25,7 @@ class Extent:
 
     __slots__ = ("buffers", "cred", "length_bytes", "offset", "state", "verifier", "written_at")
 
-    def __init__(self, offset: int, data: bytes, cred: Credential, written_at: float) -> None:
+    def __init__(self, offset: int, data: memoryview, cred: Credential, written_at: float) -> None:
         self.offset = offset
         self.buffers: list[Buffer] = [data]
         self.length_bytes = len(data)

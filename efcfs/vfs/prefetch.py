@@ -36,12 +36,12 @@ AHEAD_FILES = 128
 AHEAD_BYTES = 64 * 1024 * 1024
 MAX_AT_ONCE = 16
 MAX_DIRECTORIES = 256
-# Of files whose pages the kernel has, it does not tell that they are read; so each so manieth has none, to tell where
+# Of files whose pages the kernel has, it does not tell that they are read; so one in so many has none, to tell where
 # the reader is.
 MARKER = 8
 MAX_TO_STORE = 64
 
-# Puts the bytes of a whole file into the kernel's page cache; blocks, for a thread. Raises OSError.
+# As in `attributes.Kernel`.
 StorePages = Callable[[int, bytes], None]
 
 
@@ -191,7 +191,4 @@ class Prefetch:
 
 def _store_all(store_pages: StorePages, files: list[tuple[int, bytes]]) -> None:
     for ino, data in files:
-        try:
-            store_pages(ino, data)
-        except OSError as error:
-            log.debug("pages of %d: %s", ino, error)  # the kernel has forgotten the file
+        store_pages(ino, data)

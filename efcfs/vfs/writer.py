@@ -67,14 +67,20 @@ class Writer:
             for file in list(self._dirty_files.values()):
                 self._send_ready(file, written_before=before)
 
-    async def write(self, handle: Handle, offset: int, data: bytes) -> None:
-        """Take the bytes; they are on their way to the server afterwards, not there."""
-        file = handle.file
-        while self.dirty_bytes + len(data) > MAX_DIRTY_BYTES and self.dirty_bytes:
-            for other in list(self._dirty_files.values()):
-                self._send_ready(other)
-                self._commit_soon(other)
+    def has_room(self, length_bytes: int) -> bool:
+        return not self.dirty_bytes or self.dirty_bytes + length_bytes <= MAX_DIRTY_BYTES
+
+    async def room(self, length_bytes: int) -> None:
+        """Wait until so much more may be dirty."""
+        while not self.has_room(length_bytes):
+            for file in list(self._dirty_files.values()):
+                self._send_ready(file)
+                self._commit_soon(file)
             await self._room.park()
+
+    def take(self, handle: Handle, offset: int, data: memoryview) -> None:
+        """Keep the bytes; they are on their way to the server afterwards, not there."""
+        file = handle.file
         self.dirty_bytes += len(data)
         self._dirty_files[file.ino] = file
         tail = file.extents[-1] if file.extents else None
