@@ -116,6 +116,8 @@ class Wire(trio.abc.Instrument):
         self._error: BaseException | None = None
         # A request for which libfuse's socket has no room yet; no other one is read until it has.
         self._held: bytes | None = None
+        # Requests passed on and not yet answered.
+        self._with_libfuse = 0
         self._loop_fd = _epoll_fd()
         self._poll = select.poll()
         self._poll.register(self._loop_fd, select.POLLIN)
@@ -231,15 +233,22 @@ class Wire(trio.abc.Instrument):
                 self._poll.modify(self._libfuse, select.POLLIN | select.POLLOUT)
             self._held = request
             return
+        self._with_libfuse += 1
         if self._held is not None:
             self._held = None
             self._poll.register(self._fuse_fd, select.POLLIN)
             self._poll.modify(self._libfuse, select.POLLIN)
 
     def _answers(self, event: int) -> bool:
-        """Carry an answer of libfuse to the kernel."""
+        """Carry libfuse's answers to the kernel: all that are there, so that none is older than a turn of the loop."""
         if event & select.POLLIN:
-            self._tell((self._libfuse.recv(REQUEST_BYTES),))
+            while self._with_libfuse:
+                try:
+                    answer = self._libfuse.recv(REQUEST_BYTES)
+                except BlockingIOError:
+                    break
+                self._with_libfuse -= 1
+                self._tell((answer,))
         if event & select.POLLOUT and self._held is not None:
             self._pass_on(self._held)
         return True
