@@ -1,7 +1,8 @@
 """One tier of the cache: a directory of sparse files, their index, a quota.
 
-`data/ab/cdef…` holds the bytes of one version of one file at their own offsets. Files are made, punched and
-removed inside transactions of the index, so processes that share the tier agree on them.
+`data/ab/cdef…` holds the bytes of one version of one file at their own offsets. Files are punched and removed
+inside transactions of the index, so processes that share the tier agree on them; and only in one that comes after
+that which took their records out, for that one may fail: a full file system has no room for a commit either.
 
 A tier in memory is read through mappings (`store.py`), so an evicted extent is punched only when no
 process still looks at a state of the index that has it. A tier on a disk is read with `read_chunks`, which
@@ -19,7 +20,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -138,12 +139,15 @@ class Tier:
     def open(self, key: bytes, size_bytes: int) -> int:
         """The file's fd, for reading and writing; the file is made when it is not there. Raises OSError."""
         path = self.path(key)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fd = os.open(path, flags, 0o600)
+            fd = os.open(path, flags)
         except FileNotFoundError:
+            # Should somebody else have removed the file, the index still tells of bytes that a new one does not have.
+            if self.index.has_file(key):
+                self.drop_file(key)
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            fd = os.open(path, flags, 0o600)
+            fd = os.open(path, flags | os.O_CREAT, 0o600)
         if os.fstat(fd).st_size < size_bytes:
             os.ftruncate(fd, size_bytes)
         return fd
@@ -152,8 +156,7 @@ class Tier:
         """Forget all that is cached of the file. Mappings of it go on showing its old bytes."""
         with self.index.change() as txn:
             txn.remove_file(key)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(key))
+        self._unlink_empty((key,))
 
     def verified_bytes(self, key: bytes, size_bytes: int) -> int:
         """How much of the file is here and as its sums say. Blocks."""
@@ -184,8 +187,8 @@ class Tier:
     def clear(self) -> None:
         with self.index.change() as txn:
             txn.forget_all()
-            for entry in os.scandir(self.directory / "data"):
-                shutil.rmtree(entry.path, ignore_errors=True)
+        paths = (self.directory / "data").glob("*/*")
+        self._unlink_empty(bytes.fromhex(path.parent.name + path.name) for path in paths)
 
     def usable(self) -> bool:
         """False while a failing disk is out."""
@@ -354,14 +357,19 @@ class Tier:
         with self.index.change() as txn:
             for victim in victims:
                 txn.evict(victim)
-            for key in {v.key for v in victims}:
+        at = self.index.last_change()
+        self._to_punch.extend((at, v.key, v.number) for v in victims)
+        self._unlink_empty({v.key for v in victims})
+        if not self.in_memory:
+            self._punch(len(self._to_punch))
+
+    def _unlink_empty(self, keys: Iterable[bytes]) -> None:
+        """Remove the files of which the index has no extent."""
+        with self.index.change() as txn:
+            for key in keys:
                 if not txn.numbers(key):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(self.path(key))
-        at = self.index.last_change()
-        self._to_punch.extend((at, v.key, v.number) for v in victims)
-        if not self.in_memory:
-            self._punch(len(self._to_punch))
 
     def punch_due(self) -> None:
         """Free the memory of evicted extents at which nobody looks any more."""

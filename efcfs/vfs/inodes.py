@@ -135,7 +135,7 @@ class Inodes:
         """The inodes of these names, each with one lookup more, and safely in the index. Raises OSError (ENOSPC)."""
         try:
             return self._enter(found)
-        except lmdb.DiskError:
+        except lmdb.Error:  # half a write, when the last page was free, is not DiskError to LMDB
             raise OSError(errno.ENOSPC, "no room for identities: /dev/shm is full") from None
 
     def _enter(self, found: Iterable[Found]) -> list[Inode]:
@@ -224,7 +224,7 @@ class Inodes:
         try:
             with self._env.begin(write=True) as txn:
                 yield txn
-        except lmdb.DiskError as error:
+        except lmdb.Error as error:
             log.warning("identities are not brought up to date: %s", error)
 
     def _new(self, txn: lmdb.Transaction, fh: bytes, parent: int, name: bytes, fileid: int, fsid: int) -> Inode:

@@ -1,0 +1,74 @@
+"""One tier by itself, on a file system of its own that gets full."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES
+from efcfs.cache.tier import Tier, checksum
+from tests.place import small_tmpfs
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "small"
+    small_tmpfs(directory, 24 * MIB)
+    yield directory
+    subprocess.run(["umount", "-l", directory], check=True)
+
+
+def fill(tier: Tier, key: bytes, data: bytes) -> None:
+    """One file of one extent."""
+    fd = tier.open(key, len(data))
+    os.pwrite(fd, data, 0)
+    os.close(fd)
+    chunks = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
+    with tier.index.change() as txn:
+        txn.reserve(key, 0)
+        txn.add(key, 0, [(i, checksum(memoryview(chunk))) for i, chunk in enumerate(chunks)])
+
+
+@pytest.mark.parametrize("free_pages", range(0, 18))
+def test_what_cannot_be_evicted_because_the_file_system_is_full_still_has_its_bytes(
+    small: Path, free_pages: int
+) -> None:
+    data = os.urandom(EXTENT_BYTES)
+    keys = [bytes([number]) * 16 for number in range(8)]
+    tier = Tier("mem", small / "cache", 64 * MIB, in_memory=True)
+    for key in keys:
+        fill(tier, key, data)
+    held = [tier.open(key, EXTENT_BYTES) for key in keys]  # as readers do: unlinking gives no room
+    # No page of the index can be used again while a reader holds its state, so each transaction needs new ones.
+    with tier.index.env.begin(), open(small / "rest", "wb", buffering=0) as rest:
+        with contextlib.suppress(OSError):
+            while True:
+                rest.write(bytes(4096))
+        rest.truncate(max(0, rest.tell() - free_pages * 4096))
+        with contextlib.suppress(lmdb.Error):
+            tier.evict(at_least=len(keys))
+        rest.truncate(0)
+    for key in keys:
+        if tier.index.look(key, 0) is not None:
+            fd = tier.open(key, EXTENT_BYTES)
+            assert os.pread(fd, EXTENT_BYTES, 0) == data
+            os.close(fd)
+    for fd in held:
+        os.close(fd)
+    tier.close()
+
+
+def test_a_file_that_somebody_removed_is_not_believed_to_have_its_bytes(tmp_path: Path) -> None:
+    tier = Tier("mem", tmp_path, 64 * MIB, in_memory=True)
+    key = b"k" * 16
+    fill(tier, key, os.urandom(EXTENT_BYTES))
+    os.unlink(tier.path(key))
+    os.close(tier.open(key, EXTENT_BYTES))
+    assert tier.index.look(key, 0) is None
+    tier.close()
