@@ -14,12 +14,12 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import trio
 
 from efcfs.nfs import mount3, nfs3, portmap2
-from efcfs.nfs.link import Buffer, Call, CallFailed, Decoder, Link, LinkClosed, TimedOut, call_once, open_link
+from efcfs.nfs.link import Call, CallFailed, Decoder, Link, LinkClosed, Payload, call_once, open_link
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.pool import Pool
 from efcfs.nfs.rpc import Credential, RpcRefusal, RpcRefused, call_header
@@ -62,6 +62,18 @@ class ServerOptions:
     rsize: int | None = None
     wsize: int | None = None
     resvport: bool = False
+
+
+class Known(NamedTuple):
+    """What `connect` finds out about an export; who has it connects without a question."""
+
+    addresses: tuple[str, ...]
+    port: int
+    root_fh: bytes
+    # FSINFO's (RFC 1813 §3.3.19)
+    rtmax: int
+    wtmax: int
+    maxfilesize: int
 
 
 class _Result(Protocol):
@@ -108,14 +120,21 @@ COMMIT = _Procedure(nfs3.NFSPROC3_COMMIT, nfs3.decode_commit)
 class Client:
     """One export. Every method may raise NfsError, TimedOut (soft mounts), CallFailed or RpcRefused.
 
-    Those that take `impatient` then raise ServerAway instead of waiting for a server that is away.
+    Those that take `impatient` then raise ServerAway instead of waiting for a server that is away. Those that take
+    `again` are told by it that somebody who died may have made the same call before.
     """
 
-    def __init__(self, pool: Pool, root_fh: bytes) -> None:
-        self.root_fh = root_fh
-        self.rsize = self.wsize = MAX_TRANSFER_BYTES
-        self.readdir_bytes = 65536
-        self.max_file_bytes = 2**63 - 1
+    def __init__(self, pool: Pool, known: Known, rsize: int | None = None, wsize: int | None = None) -> None:
+        def transfer(asked: int | None, server_max: int) -> int:
+            return max(4096, min(asked or MAX_TRANSFER_BYTES, server_max or 8192, MAX_TRANSFER_BYTES) & ~4095)
+
+        self.known = known
+        self.root_fh = known.root_fh
+        self.rsize = transfer(rsize, known.rtmax)
+        self.wsize = transfer(wsize, known.wtmax)
+        # Few large pages: with 1 ms of delay a listing of 100,000 entries takes 100 round trips less.
+        self.readdir_bytes = max(4096, min(known.rtmax or 65536, 131072))
+        self.max_file_bytes = known.maxfilesize or 2**63 - 1
         self._pool = pool
 
     # -- state, for `efcfs status` -----------------------------------------------------------------
@@ -181,7 +200,7 @@ class Client:
         return result
 
     async def write(
-        self, cred: Credential, fh: bytes, offset: int, payload: Sequence[Buffer], length_bytes: int,
+        self, cred: Credential, fh: bytes, offset: int, payload: Sequence[Payload], length_bytes: int,
         stable: int = nfs3.UNSTABLE,
     ) -> nfs3.WriteResult:  # fmt: skip
         """Write `length_bytes` (≤ wsize), the buffers of `payload` one after the other."""
@@ -208,8 +227,10 @@ class Client:
         """CREATE EXCLUSIVE: safe to repeat with the same verifier; the caller sets the attributes after."""
         return await self._ask(CREATE, cred, nfs3.create_args(dir_fh, name, nfs3.EXCLUSIVE, verifier))
 
-    async def mkdir(self, cred: Credential, dir_fh: bytes, name: bytes, sattr: nfs3.Sattr) -> nfs3.CreateResult:
-        result, sent_again = await self._try(MKDIR, cred, nfs3.mkdir_args(dir_fh, name, sattr))
+    async def mkdir(
+        self, cred: Credential, dir_fh: bytes, name: bytes, sattr: nfs3.Sattr, *, again: bool = False
+    ) -> nfs3.CreateResult:
+        result, sent_again = await self._try(MKDIR, cred, nfs3.mkdir_args(dir_fh, name, sattr), again=again)
         if sent_again and result.status == nfs3.NFS3ERR_EXIST:
             found = await self.lookup(cred, dir_fh, name)
             if found.attr is not None and found.attr.type == nfs3.NF3DIR:
@@ -217,11 +238,10 @@ class Client:
         return _checked(result, MKDIR)
 
     async def symlink(
-        self, cred: Credential, dir_fh: bytes, name: bytes, sattr: nfs3.Sattr, target: bytes
+        self, cred: Credential, dir_fh: bytes, name: bytes, sattr: nfs3.Sattr, target: bytes, *, again: bool = False
     ) -> nfs3.CreateResult:
-        result, sent_again = await self._try(
-            SYMLINK, cred, nfs3.symlink_args(dir_fh, name, sattr, target)
-        )
+        args = nfs3.symlink_args(dir_fh, name, sattr, target)
+        result, sent_again = await self._try(SYMLINK, cred, args, again=again)
         if sent_again and result.status == nfs3.NFS3ERR_EXIST:
             found = await self.lookup(cred, dir_fh, name)
             is_link = found.attr is not None and found.attr.type == nfs3.NF3LNK
@@ -231,34 +251,40 @@ class Client:
 
     async def mknod(
         self, cred: Credential, dir_fh: bytes, name: bytes, file_type: int, sattr: nfs3.Sattr,
-        rdev_major: int, rdev_minor: int,
+        rdev_major: int, rdev_minor: int, *, again: bool = False,
     ) -> nfs3.CreateResult:  # fmt: skip
         args = nfs3.mknod_args(dir_fh, name, file_type, sattr, rdev_major, rdev_minor)
-        result, sent_again = await self._try(MKNOD, cred, args)
+        result, sent_again = await self._try(MKNOD, cred, args, again=again)
         if sent_again and result.status == nfs3.NFS3ERR_EXIST:
             found = await self.lookup(cred, dir_fh, name)
             if found.attr is not None and found.attr.type == file_type:
                 return _created(found)
         return _checked(result, MKNOD)
 
-    async def remove(self, cred: Credential, dir_fh: bytes, name: bytes) -> nfs3.RemoveResult:
-        return await self._remove(REMOVE, cred, nfs3.remove_args(dir_fh, name))
+    async def remove(
+        self, cred: Credential, dir_fh: bytes, name: bytes, *, again: bool = False
+    ) -> nfs3.RemoveResult:
+        return await self._remove(REMOVE, cred, nfs3.remove_args(dir_fh, name), again)
 
-    async def rmdir(self, cred: Credential, dir_fh: bytes, name: bytes) -> nfs3.RemoveResult:
-        return await self._remove(RMDIR, cred, nfs3.rmdir_args(dir_fh, name))
+    async def rmdir(
+        self, cred: Credential, dir_fh: bytes, name: bytes, *, again: bool = False
+    ) -> nfs3.RemoveResult:
+        return await self._remove(RMDIR, cred, nfs3.rmdir_args(dir_fh, name), again)
 
     async def rename(
-        self, cred: Credential, from_fh: bytes, from_name: bytes, to_fh: bytes, to_name: bytes
+        self, cred: Credential, from_fh: bytes, from_name: bytes, to_fh: bytes, to_name: bytes, *, again: bool = False
     ) -> nfs3.RenameResult:
         args = nfs3.rename_args(from_fh, from_name, to_fh, to_name)
-        result, sent_again = await self._try(RENAME, cred, args)
+        result, sent_again = await self._try(RENAME, cred, args, again=again)
         if sent_again and result.status == nfs3.NFS3ERR_NOENT:
             await self.lookup(cred, to_fh, to_name)  # raises NOENT if the first try did not do it either
             return result
         return _checked(result, RENAME)
 
-    async def link(self, cred: Credential, fh: bytes, dir_fh: bytes, name: bytes) -> nfs3.LinkResult:
-        result, sent_again = await self._try(LINK, cred, nfs3.link_args(fh, dir_fh, name))
+    async def link(
+        self, cred: Credential, fh: bytes, dir_fh: bytes, name: bytes, *, again: bool = False
+    ) -> nfs3.LinkResult:
+        result, sent_again = await self._try(LINK, cred, nfs3.link_args(fh, dir_fh, name), again=again)
         if sent_again and result.status == nfs3.NFS3ERR_EXIST:
             found = await self.lookup(cred, dir_fh, name)
             if found.fh == fh:
@@ -291,10 +317,10 @@ class Client:
 
     async def _try(
         self, procedure: _Procedure[R], cred: Credential, args: bytes, *, bulk: bool = False,
-        payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
-        impatient: bool = False,
+        payload: Sequence[Payload] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        impatient: bool = False, again: bool = False,
     ) -> tuple[R, bool]:  # fmt: skip
-        """The result, whatever its status, and whether the call was sent more than once."""
+        """The result, whatever its status, and whether the call may have been done before."""
         head = call_header(nfs3.PROGRAM, nfs3.VERSION, procedure.number, cred) + args
         delay_s = JUKEBOX_MIN_S
         while True:
@@ -304,13 +330,13 @@ class Client:
             )  # fmt: skip
             result: R = await self._pool.wait(call)  # type: ignore[assignment]  # what procedure.decode returns
             if result.status != nfs3.NFS3ERR_JUKEBOX:
-                return result, call.transmissions > 1
+                return result, again or call.transmissions > 1
             await trio.sleep(delay_s)
             delay_s = min(delay_s * 2, JUKEBOX_MAX_S)
 
     async def _ask(
         self, procedure: _Procedure[R], cred: Credential, args: bytes, *, bulk: bool = False,
-        payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        payload: Sequence[Payload] = (), payload_bytes: int = 0, sink: memoryview | None = None,
         impatient: bool = False,
     ) -> R:  # fmt: skip
         result, _ = await self._try(
@@ -320,9 +346,9 @@ class Client:
         return _checked(result, procedure)
 
     async def _remove(
-        self, procedure: _Procedure[nfs3.RemoveResult], cred: Credential, args: bytes
+        self, procedure: _Procedure[nfs3.RemoveResult], cred: Credential, args: bytes, again: bool
     ) -> nfs3.RemoveResult:
-        result, sent_again = await self._try(procedure, cred, args)
+        result, sent_again = await self._try(procedure, cred, args, again=again)
         if sent_again and result.status == nfs3.NFS3ERR_NOENT:
             return result
         return _checked(result, procedure)
@@ -347,22 +373,14 @@ def own_credential() -> Credential:
 
 
 @contextlib.asynccontextmanager
-async def connect(options: ServerOptions, export: str) -> AsyncIterator[Client]:
+async def connect(options: ServerOptions, export: str, known: Known | None = None) -> AsyncIterator[Client]:
     """Mount `export` (RFC 1813 appendix I) and keep the links to the server up inside the context.
 
-    Raises ConnectError. Bounded by timeo: a silent server costs that long, whatever hard or soft say.
+    Raises ConnectError. Bounded by timeo: a silent server costs that long, whatever hard or soft say. With `known` from
+    an earlier connection it returns at once, also while the server is away.
     """
-    try:
-        with trio.fail_after(options.timeo_s):
-            addresses = await _resolve(options)
-            address, port, root_fh = await _mount(options, addresses, export)
-    except trio.TooSlowError:
-        raise ConnectError(
-            f"server {options.host} did not answer in {options.timeo_s:g} s:"
-            " check that it runs and that no firewall drops its packets (timeo= sets the limit)"
-        ) from None
-    # The address that answered goes first; the others join when their links come up.
-    addresses = [address, *(a for a in addresses if a != address)]
+    if known is None:
+        known = await _learn(options, export)
 
     async def resolve() -> Sequence[str]:
         try:
@@ -372,36 +390,36 @@ async def connect(options: ServerOptions, export: str) -> AsyncIterator[Client]:
             return ()
 
     pool = Pool(
-        options.host, addresses, port, options.nconnect, resolve, _null,
+        options.host, known.addresses, known.port, options.nconnect, resolve, _null,
         reserved_port=options.resvport, timeo_s=options.timeo_s,
         soft_s=options.timeo_s * max(1, options.retrans) if options.soft else None,
     )  # fmt: skip
     async with open_nursery() as nursery:
         await nursery.start(pool.run)
-        client = Client(pool, root_fh)
-        await _negotiate(client, options)
-        yield client
+        yield Client(pool, known, options.rsize, options.wsize)
         nursery.cancel_scope.cancel()
 
 
-async def _negotiate(client: Client, options: ServerOptions) -> None:
-    """rsize, wsize and the size of directory pages from FSINFO (RFC 1813 §3.3.19)."""
+async def _learn(options: ServerOptions, export: str) -> Known:
     try:
         with trio.fail_after(options.timeo_s):
-            info = await client.fsinfo(own_credential(), client.root_fh)
+            addresses = await _resolve(options)
+            address, port, root_fh = await _mount(options, addresses, export)
+            head = call_header(nfs3.PROGRAM, nfs3.VERSION, nfs3.NFSPROC3_FSINFO, own_credential())
+            info = await _ask_once(options, address, port, head + nfs3.fsinfo_args(root_fh), nfs3.decode_fsinfo)
     except trio.TooSlowError:
-        raise ConnectError(f"server {options.host} did not answer FSINFO in {options.timeo_s:g} s") from None
-    except (NfsError, CallFailed, TimedOut, RpcRefused) as error:
+        raise ConnectError(
+            f"server {options.host} did not answer in {options.timeo_s:g} s:"
+            " check that it runs and that no firewall drops its packets (timeo= sets the limit)"
+        ) from None
+    except (LinkClosed, RpcRefused, ProtocolError, OSError) as error:
         raise ConnectError(f"server {options.host} refuses the export: {error}") from None
-
-    def transfer(asked: int | None, server_max: int) -> int:
-        return max(4096, min(asked or MAX_TRANSFER_BYTES, server_max or 8192, MAX_TRANSFER_BYTES) & ~4095)
-
-    client.rsize = transfer(options.rsize, info.rtmax)
-    client.wsize = transfer(options.wsize, info.wtmax)
-    # Few large pages: with 1 ms of delay a listing of 100,000 entries takes 100 round trips less.
-    client.readdir_bytes = max(4096, min(info.rtmax or 65536, 131072))
-    client.max_file_bytes = info.maxfilesize or 2**63 - 1
+    assert isinstance(info, nfs3.FsinfoResult)
+    if info.status != nfs3.NFS3_OK:
+        raise ConnectError(f"server {options.host} refuses the export: {NfsError(info.status, 'FSINFO')}")
+    # The address that answered goes first; the others join when their links come up.
+    first = (address, *(a for a in addresses if a != address))
+    return Known(first, port, root_fh, info.rtmax, info.wtmax, info.maxfilesize)
 
 
 async def _resolve(options: ServerOptions) -> list[str]:

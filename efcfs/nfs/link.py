@@ -13,6 +13,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import outcome
 import trio
@@ -23,6 +24,21 @@ from efcfs.nfs.rpc import LAST_FRAGMENT, Receiver, Record, RpcRefused, Sink, dec
 from efcfs.nfs.xdr import ProtocolError
 
 Buffer = bytes | bytearray | memoryview
+
+
+class FilePart(NamedTuple):
+    """Bytes of a file, sent from its pages: no copy in this process, nor one into the socket (sendfile(2))."""
+
+    fd: int
+    offset: int
+    length_bytes: int
+
+    def after(self, skip_bytes: int) -> "FilePart":
+        return FilePart(self.fd, self.offset + skip_bytes, self.length_bytes - skip_bytes)
+
+
+# What a WRITE sends.
+Payload = Buffer | FilePart
 Decoder = Callable[[memoryview, int], object]
 
 # A reply larger than any that this client asks for is a broken or hostile server.
@@ -37,6 +53,8 @@ MAX_LOW_WATER_BYTES = 512 * 1024
 MAX_BAD_REPLIES = 3
 
 _MARK_AND_XID = struct.Struct(">II")
+# struct linger: on, 0 s
+_LINGER_NOT = struct.pack("ii", 1, 0)
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
 
@@ -75,12 +93,12 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, xid: int, head: bytes, payload: Sequence[Buffer], payload_bytes: int, decode: Decoder,
+        self, xid: int, head: bytes, payload: Sequence[Payload], payload_bytes: int, decode: Decoder,
         sink: memoryview | None, description: str,
     ) -> None:  # fmt: skip
         length_bytes = 4 + len(head) + payload_bytes + (-payload_bytes & 3)
         self.xid = xid
-        self.wire: list[Buffer] = [_MARK_AND_XID.pack(LAST_FRAGMENT | length_bytes, xid) + head]
+        self.wire: list[Payload] = [_MARK_AND_XID.pack(LAST_FRAGMENT | length_bytes, xid) + head]
         if payload_bytes:
             self.wire += payload
             if payload_bytes & 3:
@@ -132,7 +150,7 @@ class Link:
         self.in_flight_bytes = 0
         self.received_at = trio.current_time()
         self._receiver = Receiver(MAX_RECORD_BYTES, self._sink_for)
-        self._outgoing: deque[memoryview] = deque()
+        self._outgoing: deque[memoryview | FilePart] = deque()
         self._wake = trio.Event()
         self._sinks = 0
 
@@ -149,7 +167,7 @@ class Link:
             self._queue(call.wire, 0)
             return
         try:
-            sent = self.sock.sendmsg(call.wire)
+            sent = self._push(call.wire)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -160,6 +178,15 @@ class Link:
         """Stop waiting for `call`; a late reply to it is dropped."""
         if self.calls.pop(call.xid, None) is not None:
             self._discount(call)
+
+    def abandon(self, call: Call) -> None:
+        """As `forget`, for a call that may not be sent yet: its payload's memory is the caller's again."""
+        if call.xid in self.calls and self._outgoing:
+            self._outgoing = deque(
+                memoryview(os.pread(b.fd, b.length_bytes, b.offset) if isinstance(b, FilePart) else bytes(b))
+                for b in self._outgoing
+            )
+        self.forget(call)
 
     async def run(self) -> None:
         """Send and receive until the link breaks. Raises OSError, LinkClosed or ProtocolError."""
@@ -178,32 +205,65 @@ class Link:
             if not self._sinks:
                 self._receiver.first_bytes = ORDINARY_BYTES
 
-    def _queue(self, buffers: Sequence[Buffer], skip_bytes: int) -> None:
+    def _push(self, buffers: Sequence[Payload]) -> int:
+        """Send what the socket takes of the buffers; returns how many bytes. Raises BlockingIOError, OSError."""
+        sent, run_bytes = 0, 0
+        run: list[Buffer] = []
         for buffer in buffers:
-            if skip_bytes >= len(buffer):
-                skip_bytes -= len(buffer)
+            if not isinstance(buffer, FilePart):
+                run.append(buffer)
+                run_bytes += len(buffer)
                 continue
-            self._outgoing.append(memoryview(buffer)[skip_bytes:])
+            try:
+                if run:
+                    n = self.sock.sendmsg(run, (), socket.MSG_MORE)
+                    sent += n
+                    if n < run_bytes:
+                        return sent
+                    run, run_bytes = [], 0
+                n = os.sendfile(self.sock.fileno(), buffer.fd, buffer.offset, buffer.length_bytes)
+            except BlockingIOError:
+                if not sent:
+                    raise
+                return sent
+            sent += n
+            if n < buffer.length_bytes:
+                return sent
+        if run:
+            try:
+                sent += self.sock.sendmsg(run)
+            except BlockingIOError:
+                if not sent:
+                    raise
+        return sent
+
+    def _queue(self, buffers: Sequence[Payload], skip_bytes: int) -> None:
+        for buffer in buffers:
+            length_bytes = _length(buffer)
+            if skip_bytes >= length_bytes:
+                skip_bytes -= length_bytes
+                continue
+            self._outgoing.append(_after(buffer, skip_bytes))
             skip_bytes = 0
         if self._outgoing:
             self._wake.set()
 
     async def _transmit(self) -> None:
-        outgoing = self._outgoing
         while True:
             await self._wake.wait()
-            while outgoing:
+            while self._outgoing:
                 await trio.lowlevel.wait_writable(self.sock)
+                outgoing = self._outgoing
                 try:
-                    sent = self.sock.sendmsg([outgoing[i] for i in range(min(len(outgoing), MAX_IOVECS))])
+                    sent = self._push([outgoing[i] for i in range(min(len(outgoing), MAX_IOVECS))])
                 except BlockingIOError:
                     continue
                 while sent:
                     first = outgoing.popleft()
-                    if sent < len(first):
-                        outgoing.appendleft(first[sent:])
+                    if sent < _length(first):
+                        outgoing.appendleft(_after(first, sent))
                         break
-                    sent -= len(first)
+                    sent -= _length(first)
             self._wake = trio.Event()
 
     async def _receive(self) -> None:
@@ -268,6 +328,14 @@ class Link:
         call.finish(result)
 
 
+def _length(buffer: Payload) -> int:
+    return buffer.length_bytes if isinstance(buffer, FilePart) else len(buffer)
+
+
+def _after(buffer: Payload, skip_bytes: int) -> memoryview | FilePart:
+    return buffer.after(skip_bytes) if isinstance(buffer, FilePart) else memoryview(buffer)[skip_bytes:]
+
+
 async def call_once(link: Link, call: Call) -> object:
     """Make one call on a link that nobody else runs. Raises OSError, LinkClosed, ProtocolError, RpcRefused."""
     result: object = None
@@ -287,6 +355,9 @@ async def open_link(address: str, port: int, *, reserved_port: bool, timeout_s: 
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Closed means gone: what a link has not sent yet must not arrive after another one, or another daemon, has sent
+        # the same call and newer ones; and its payload's memory may have other bytes by then.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
         if reserved_port:
             _bind_reserved_port(sock, "::" if family == socket.AF_INET6 else "0.0.0.0")
         status = sock.connect_ex((address, port))

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from efcfs.nfs.link import Buffer, Call, Decoder, Link, LinkClosed, ServerAway, TimedOut, open_link
+from efcfs.nfs.link import Call, Decoder, Link, LinkClosed, Payload, ServerAway, TimedOut, open_link
 from efcfs.nfs.xdr import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Pool:
 
     def call(
         self, head: bytes, decode: Decoder, description: str, *, bulk: bool = False,
-        payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        payload: Sequence[Payload] = (), payload_bytes: int = 0, sink: memoryview | None = None,
         impatient: bool = False,
     ) -> Call:  # fmt: skip
         """Send a call; await its result with `wait`. impatient: it fails with ServerAway once the server is away."""
@@ -139,7 +139,7 @@ class Pool:
         self._parked.pop(call.xid, None)
         for place in self.places:
             if place.link is not None:
-                place.link.forget(call)
+                place.link.abandon(call)
 
     def _resend(self, calls: Sequence[Call]) -> None:
         for call in calls:
