@@ -4,17 +4,20 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
 import sys
+from typing import NoReturn
 
 import click
 
 from efcfs import config, control, keeper
 from efcfs.cli.cache_check import check_cache
 from efcfs.cli.main import EX_MOUNT, EX_SYSTEM, EX_USAGE, Failure
+from efcfs.keeper import MESSAGE_BYTES, service
+
+KEEPER = [sys.executable, "-S", "-E", os.path.dirname(keeper.__file__)]
 
 _EPILOG = "\b\nOptions for -o, comma-separated:\n" + config.options_help() + (
     "\n\nAccepted and without effect, as mount.nfs does: _netdev nofail auto noauto user users owner group"
@@ -38,15 +41,19 @@ def start(
     sloppy: bool = False,
 ) -> int:  # fmt: skip
     """Mount; with foreground, stay until it is unmounted. Raises Failure."""
-    check_not_mounted(mountpoint)  # before its path is resolved, which asks a mount that may hang
+    # Programs wait for a mount that an earlier keeper has left; all was checked when it was made.
+    adopting = foreground and service.FUSE in service.inherited()
+    if not adopting:
+        check_not_mounted(mountpoint)  # before its path is resolved, which asks a mount that may hang
     try:
-        asked = config.parse(source, os.path.realpath(mountpoint), options, sloppy=sloppy)
+        asked = config.parse(source, real_path(mountpoint), options, sloppy=sloppy)
     except config.UsageError as error:
         raise Failure(str(error), EX_USAGE) from None
-    check_not_mounted(asked.mountpoint)
-    check_mountpoint(mountpoint)
-    check_cache(asked)
-    check_machine()
+    if not adopting:
+        check_not_mounted(asked.mountpoint)
+        check_mountpoint(mountpoint)
+        check_cache(asked)
+        check_machine()
     uid = os.geteuid()
     request = {
         "daemon": [sys.executable, "-m", "efcfs.daemon"],
@@ -60,17 +67,17 @@ def start(
         "log": log_target(asked.mountpoint, uid, foreground),
         "verbose": verbose,
     }
+    if foreground:
+        become_keeper(request)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     process = subprocess.Popen(
-        [sys.executable, "-S", "-E", keeper.__file__, str(theirs.fileno())],
-        pass_fds=[theirs.fileno()], start_new_session=not foreground, cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=None if foreground else subprocess.DEVNULL, stderr=None if foreground else subprocess.DEVNULL,
+        [*KEEPER, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True, cwd="/",
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     theirs.close()
     ours.send(json.dumps(request).encode())
     try:
-        answer = json.loads(ours.recv(keeper.MESSAGE_BYTES) or b"{}")
+        answer = json.loads(ours.recv(MESSAGE_BYTES) or b"{}")
     except ConnectionResetError:
         answer = {}
     if "error" in answer:
@@ -78,15 +85,26 @@ def start(
         raise Failure(str(answer["error"]), int(answer["code"]))
     if "ready" not in answer:
         raise Failure(f"the keeper ended too early (exit code {process.wait()}): see the log", EX_SYSTEM)
-    if not foreground:
-        return 0
-    # A service manager ends us, not our process group.
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()  # it unmounts; twice does no harm where Ctrl-C has reached it too
+    if "warning" in answer:
+        click.echo(f"efcfs: warning: {answer['warning']}", err=True)
+    return 0
+
+
+def become_keeper(request: dict[str, object]) -> NoReturn:
+    """In place: the process that a service manager or a container has started is the keeper then."""
+    memory = os.memfd_create("efcfs-request", 0)
+    os.write(memory, json.dumps(request).encode())
+    os.lseek(memory, 0, os.SEEK_SET)
+    os.chdir("/")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.execv(KEEPER[0], [*KEEPER, str(memory)])
+
+
+def real_path(mountpoint: str) -> str:
+    """Without asking what is mounted there, which may hang."""
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    path = os.path.join(os.path.realpath(parent), name)
+    return path if control.find(path) is not None else os.path.realpath(path)
 
 
 def check_not_mounted(mountpoint: str) -> None:
