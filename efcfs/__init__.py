@@ -1,0 +1,3 @@
+"""The elastic file client."""
+
+__version__ = "0.1.0"

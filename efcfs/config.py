@@ -4,11 +4,10 @@ Options are spelled as nfs(5) spells them where the meaning is the same. `parse`
 words into a `MountConfig`, which travels to the keeper and the daemon as JSON.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 from efcfs.nfs.client import ServerOptions
@@ -17,6 +16,9 @@ from efcfs.vfs.consistency import RuleError, parse_rules
 # mount(2) flags
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_DIRSYNC = 1, 2, 4, 8, 16, 128
 MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME = 1024, 2048, 1 << 21, 1 << 24
+
+
+MIN_DIRTY_BYTES = 16 * 1024**2
 
 
 class UsageError(Exception):
@@ -55,6 +57,8 @@ class MountConfig:
     # (directory, bytes) of each disk tier.
     ssd: tuple[tuple[str, int], ...] = ()
     verify_memory: bool = False
+    # Bytes that may be written and not yet safe on the server.
+    dirty_bytes: int = 128 * 1024**2
     read_only: bool = False
     mount_flags: int = MS_NODEV | MS_NOSUID
     verbose: bool = False
@@ -77,13 +81,16 @@ class MountConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "MountConfig":
-        addresses, ssd, rules = (values.pop(name) for name in ("addresses", "ssd", "rules"))
+        """Of another version's too: an upgrade hands it over, so there may be more words or fewer."""
+        known = {field.name for field in fields(cls)}
+        rest = {name: value for name, value in values.items() if name in known}
+        addresses, ssd, rules = (rest.pop(name, ()) for name in ("addresses", "ssd", "rules"))
         assert isinstance(addresses, (list, tuple)) and isinstance(ssd, (list, tuple))
         assert isinstance(rules, (list, tuple))
         return cls(
             addresses=tuple(map(str, addresses)), ssd=tuple((str(path), int(size)) for path, size in ssd),
             rules=tuple((str(pattern), str(mode)) for pattern, mode in rules),
-            **values,  # type: ignore[arg-type]  # our own to_json
+            **rest,  # type: ignore[arg-type]  # our own to_json
         )  # fmt: skip
 
 
@@ -163,6 +170,13 @@ def _mem(text: str) -> dict[str, object]:
     return {"mem_bytes": wanted}
 
 
+def _dirty(text: str) -> dict[str, object]:
+    wanted = size_bytes(text, f"option dirty={text}")
+    if not MIN_DIRTY_BYTES <= wanted <= memory_bytes() // 4:
+        raise UsageError(f"option dirty={text}: from 16m to a quarter of the machine's memory")
+    return {"dirty_bytes": wanted}
+
+
 def _rules(text: str) -> dict[str, object]:
     try:
         with open(text, encoding="utf-8", errors="surrogateescape") as file:
@@ -227,6 +241,7 @@ OPTIONS = (
     Option("mem", "SIZE|N%", "the cache in memory, of all the user's mounts together (5 % of memory, at most 1g)",
            _mem),
     Option("ssd", "DIR:SIZE", "a cache on a local disk; may be given several times", _ssd),
+    Option("dirty", "SIZE", "how much may be written and not yet safe on the server, at least 16m (128m)", _dirty),
     Option("verify", "ssd|all", "which cached blocks are checked against their sums at each read (ssd)",
            _choice("verify", {"ssd": {"verify_memory": False}, "all": {"verify_memory": True}},
                    "expected ssd or all")),
@@ -271,7 +286,32 @@ def parse(source: str, mountpoint: str, words: Sequence[str], *, sloppy: bool = 
         raise UsageError(f"'{source}' is not SERVER:/EXPORT: write it as in nas.example.com:/data or [fd00::1]:/data")
     root = os.geteuid() == 0
     values: dict[str, object] = {"allow_other": root, "resvport": root}
-    flags = 0 if root else MS_NOSUID | MS_NODEV
+    flags = _set(values, 0 if root else MS_NOSUID | MS_NODEV, words, sloppy=sloppy)
+    if values.get("read_only"):
+        flags |= MS_RDONLY
+    values["mount_flags"] = flags
+    config = MountConfig(
+        match["v6"] or match["host"], match["export"], mountpoint, **values  # type: ignore[arg-type]
+    )
+    return _checked(config)
+
+
+def changed(config: MountConfig, words: Sequence[str]) -> MountConfig:
+    """The mount with other options, as an upgrade may set them while it is used. Raises UsageError."""
+    values: dict[str, object] = {}
+    values["mount_flags"] = _set(values, config.mount_flags, words)
+    other = replace(config, **values)  # type: ignore[arg-type]  # what options set
+    kept = {"ro or rw": "read_only", "allow_other": "allow_other", "a flag of mount(8)": "mount_flags"}
+    for what, field in kept.items():
+        if getattr(other, field) != getattr(config, field):
+            raise UsageError(f"{what} cannot change while it is mounted: unmount, and mount again")
+    if (other.consistency == "immutable") != (config.consistency == "immutable"):
+        raise UsageError("consistency=immutable cannot change while it is mounted: unmount, and mount again")
+    return _checked(other)
+
+
+def _set(values: dict[str, object], flags: int, words: Sequence[str], *, sloppy: bool = False) -> int:
+    """Put what the options say into `values`; returns the flags for mount(2) with theirs. Raises UsageError."""
     for word in (w for words_ in words for w in words_.split(",") if w):
         name, equals, value = word.partition("=")
         option = _BY_NAME.get(name)
@@ -290,15 +330,15 @@ def parse(source: str, mountpoint: str, words: Sequence[str], *, sloppy: bool = 
         elif word == "udp":
             raise UsageError("option udp: efcfs speaks TCP only")
         elif not sloppy and word not in ACCEPTED and not word.startswith(_ACCEPTED_PREFIXES):
+            import difflib  # noqa: PLC0415  # a daemon that takes over starts 5 ms sooner without
+
             near = difflib.get_close_matches(name, [*_BY_NAME, *ACCEPTED, *_FLAGS, *_UNSET], 1)
             hint = f"did you mean {near[0]}?" if near else "`efcfs mount --help` lists them"
             raise UsageError(f"unknown option '{name}': {hint}")
-    if values.get("read_only"):
-        flags |= MS_RDONLY
-    values["mount_flags"] = flags
-    config = MountConfig(
-        match["v6"] or match["host"], match["export"], mountpoint, **values  # type: ignore[arg-type]
-    )
+    return flags
+
+
+def _checked(config: MountConfig) -> MountConfig:
     for low, high, what in (
         (config.acregmin_s, config.acregmax_s, "acreg"), (config.acdirmin_s, config.acdirmax_s, "acdir"),
     ):  # fmt: skip

@@ -13,6 +13,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import trio
 
 log = logging.getLogger(__name__)
 
@@ -93,24 +97,27 @@ def find(path: str) -> Mounted | None:
     return next((m for m in reversed(mounts()) if m.mountpoint == mountpoint), None)
 
 
-def ask(mounted: Mounted, request: Answer) -> Answer:
+def ask(mounted: Mounted, request: Answer, timeout_s: float = TIMEOUT_S) -> Answer:
     """Send one request to the mount's daemon. Raises NoAnswer."""
     try:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(TIMEOUT_S)
+            sock.settimeout(timeout_s)
             sock.connect(str(mounted.runtime_dir / "control"))
             sock.sendall(json.dumps(request).encode() + b"\n")
             with sock.makefile("rb") as lines:
                 answer: Answer = json.loads(lines.readline())
     except TimeoutError:
-        raise NoAnswer(f"the daemon did not answer in {TIMEOUT_S:g} s") from None
+        raise NoAnswer(f"the daemon did not answer in {timeout_s:g} s") from None
     except (OSError, ValueError) as error:
         raise NoAnswer(f"the daemon cannot be reached ({error})") from None
     return answer
 
 
-async def serve(path: Path, commands: Mapping[str, Command]) -> None:
-    """Answer requests at `path` until cancelled; only root and the daemon's own user are heard."""
+async def serve(path: Path, commands: Mapping[str, Command], connections: "trio.Nursery") -> None:
+    """Answer requests at `path` until cancelled; only root and the daemon's own user are heard.
+
+    Those that came are answered in `connections`, which may live longer.
+    """
     import trio  # noqa: PLC0415  # the commands that only ask start without it
 
     path.unlink(missing_ok=True)
@@ -130,7 +137,10 @@ async def serve(path: Path, commands: Mapping[str, Command]) -> None:
                     if not piece:
                         return
                     line += piece
-                await stream.send_all(json.dumps(await _answer(line, uid, commands)).encode() + b"\n")
+            if line.endswith(b"\n"):
+                answer = json.dumps(await _answer(line, uid, commands)).encode() + b"\n"
+                with trio.move_on_after(TIMEOUT_S):
+                    await stream.send_all(answer)
 
     async def guarded(stream: trio.SocketStream) -> None:
         try:
@@ -138,7 +148,7 @@ async def serve(path: Path, commands: Mapping[str, Command]) -> None:
         except trio.BrokenResourceError:
             pass  # the command went away
 
-    await trio.serve_listeners(guarded, [trio.SocketListener(sock)])
+    await trio.serve_listeners(guarded, [trio.SocketListener(sock)], handler_nursery=connections)
 
 
 async def _answer(line: bytes, uid: int, commands: Mapping[str, Command]) -> Answer:

@@ -19,83 +19,202 @@ from pathlib import Path
 
 import trio
 
-from efcfs import control
+from efcfs import __version__, control
 from efcfs.cache.index import Unusable
 from efcfs.cache.store import Store
 from efcfs.cache.tier import Tier
 from efcfs.config import MountConfig, memory_bytes
-from efcfs.fuse.notify import KernelCaches
+from efcfs.fuse.notify import KernelCaches, resend
 from efcfs.fuse.operations import Operations
 from efcfs.fuse.session import serve
+from efcfs.fuse.wire import Wire
 from efcfs.keeper import MESSAGE_BYTES, log_to
-from efcfs.nfs.client import Client, ConnectError, connect
+from efcfs.nfs.client import Client, ConnectError, Known, connect, own_credential
+from efcfs.nfs.nursery import open_nursery
 from efcfs.vfs.attributes import Timeouts
 from efcfs.vfs.consistency import Consistency
 from efcfs.vfs.errors import SERVER_ERRORS
 from efcfs.vfs.filesystem import FileSystem, FilesystemOptions, open_filesystem
+from efcfs.vfs.handles import OtherVersion, check_version
 from efcfs.vfs.warmup import NoJob, Warmup
 
 log = logging.getLogger(__name__)
 
+Asked = dict[str, object]
+
 RECONNECT_S = 1.0
+# How long an upgrade waits for its links, and for requests and WRITEs that are under way.
+LINKS_UP_S = 1.0
+DRAIN_S = 2.0
 DEFAULT_MEM_BYTES = 1024**3
 MIN_MEM_BYTES = 16 * 1024**2
 
 
-async def run(keeper: socket.socket, request: dict[str, object]) -> None:
-    """Connect, take over /dev/fuse, serve until unmounted."""
-    values = request["config"]
-    assert isinstance(values, dict)
-    config = MountConfig.from_json(values)
-    options = FilesystemOptions(
+async def run(keeper: socket.socket, request: Asked) -> None:
+    """Connect, take over /dev/fuse, serve until unmounted or replaced."""
+    async with open_nursery() as nursery:
+        nursery.start_soon(beat, keeper)
+        values, state_dir = request["config"], Path(str(request["state_dir"]))
+        assert isinstance(values, dict)
+        config = MountConfig.from_json(values)
+        check_version(state_dir)
+        store = open_store(config)
+        async with connected(config, state_dir, request) as client:
+            say(keeper, connected=True)
+            await trio.lowlevel.wait_readable(keeper)
+            data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES, 1)
+            if fds:  # or the keeper changed its mind
+                async with open_filesystem(client, filesystem_options(config), state_dir, store) as fs:
+                    mount = Mount(keeper, request, config, client, fs, store)
+                    await mount.serve(fds[0], json.loads(data))
+        nursery.cancel_scope.cancel()
+
+
+class Mount:
+    """A mount that this daemon serves, and what its commands and its keeper ask of it."""
+
+    def __init__(
+        self, keeper: socket.socket, request: Asked, config: MountConfig, client: Client, fs: FileSystem,
+        store: Store | None,
+    ) -> None:  # fmt: skip
+        self._keeper = keeper
+        self._request = request
+        self._config = config
+        self._client = client
+        self._fs = fs
+        self._store = store
+        self._wire: Wire | None = None
+        # Has the answer to `efcfs upgrade` while a new daemon is on its way.
+        self._upgrade: trio.MemorySendChannel[str] | None = None
+        self._replaced = False
+
+    async def serve(self, fuse_fd: int, hand_over: Asked) -> None:
+        init, first = base64.b64decode(str(hand_over["init"])), bool(hand_over["first"])
+        async with trio.open_nursery() as answering, trio.open_nursery() as nursery:
+            self._answering, self._nursery = answering, nursery
+            self._listen()
+            self._fs.attach(KernelCaches(fuse_fd, nursery))
+            nursery.start_soon(self._obey, fuse_fd)
+            await serve(Operations(self._fs), fuse_fd, init, first=first, on_ready=self._ready)
+            if not self._replaced:
+                await finish(self._fs, self._config)
+                self._fs.dirty.remove()
+                say(self._keeper, unmounted=True, dirty_bytes=self._fs.writer.dirty_bytes)
+            nursery.cancel_scope.cancel()
+            answering.cancel_scope.deadline = trio.current_time() + control.TIMEOUT_S
+
+    def _ready(self, wire: Wire) -> None:
+        self._wire = wire
+        say(self._keeper, ready=True)
+
+    def _listen(self) -> None:
+        """Answer commands; a daemon that was to replace us may have taken the socket's name."""
+        path = Path(str(self._request["runtime_dir"])) / "control"
+        commands: dict[str, control.Command] = {
+            "status": self._status, "config": self._tell_config, "upgrade": self._ask_for_upgrade,
+            **cache_commands(self._fs.warmup, self._store),
+        }  # fmt: skip
+        self._nursery.start_soon(control.serve, path, commands, self._answering)
+
+    async def _status(self, _: control.Answer) -> control.Answer:
+        return describe(self._client, self._config, self._request, self._store, self._fs)
+
+    async def _tell_config(self, _: control.Answer) -> control.Answer:
+        return self._config.to_json()
+
+    async def _ask_for_upgrade(self, asked: control.Answer) -> control.Answer:
+        if self._upgrade is not None:
+            return {"error": "another upgrade is under way"}
+        self._upgrade, told = trio.open_memory_channel[str](1)
+        try:
+            say(self._keeper, upgrade={"daemon": asked["daemon"], "config": asked["config"]})
+            why = await told.receive()
+        finally:
+            self._upgrade = None
+        return {"error": why} if why else {}
+
+    async def _obey(self, fuse_fd: int) -> None:
+        """Do what the keeper says, as long as it is there."""
+        while True:
+            await trio.lowlevel.wait_readable(self._keeper)
+            message = json.loads(self._keeper.recv(MESSAGE_BYTES) or b"{}")
+            if not message:
+                log.error("the keeper of %s is gone: nobody replaces this daemon now", self._config.mountpoint)
+                return
+            assert self._wire is not None
+            if "drain" in message:
+                if not await self._wire.drain(DRAIN_S):
+                    log.info("requests are still under way: another daemon gets them again")
+                with trio.move_on_after(DRAIN_S):
+                    await self._fs.writer.pause()
+                say(self._keeper, drained=True)
+            elif "upgraded" in message:
+                self._replaced = True
+                self._tell_upgrade("")
+                self._wire.end()
+                return
+            elif "upgrade_failed" in message:
+                if message.get("served"):
+                    resend(fuse_fd)
+                self._wire.resume()
+                self._fs.writer.resume()
+                self._listen()
+                self._tell_upgrade(str(message["upgrade_failed"]))
+
+    def _tell_upgrade(self, why_not: str) -> None:
+        if self._upgrade is not None:
+            self._upgrade.send_nowait(why_not)
+
+
+def filesystem_options(config: MountConfig) -> FilesystemOptions:
+    return FilesystemOptions(
         timeouts=Timeouts(config.acregmin_s, config.acregmax_s, config.acdirmin_s, config.acdirmax_s),
         lookupcache=config.lookupcache,
         cto=config.cto,
         consistency=Consistency(config.consistency, config.rules),
         read_only=config.read_only,
         server_identity=config.host.encode() + b"\0",
+        most_dirty_bytes=config.dirty_bytes,
     )
-    store = open_store(config)
-    async with (
-        connected(config, patient=bool(request["patient"])) as client,
-        open_filesystem(client, options, Path(str(request["state_dir"])), store) as fs,
-        trio.open_nursery() as nursery,
-    ):
-        say(keeper, connected=True)
-        await trio.lowlevel.wait_readable(keeper)
-        data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES, 1)
-        if not fds:
-            return  # the keeper changed its mind
-        hand_over = json.loads(data)
 
-        async def status(_: control.Answer) -> control.Answer:
-            return describe(client, config, request, store)
 
-        commands = {"status": status, **cache_commands(fs.warmup, store)}
-        nursery.start_soon(control.serve, Path(str(request["runtime_dir"])) / "control", commands)
-        fs.attach(KernelCaches(fds[0], nursery))
-        await serve(
-            Operations(fs), fds[0], base64.b64decode(hand_over["init"]), first=bool(hand_over["first"]),
-            on_ready=lambda: say(keeper, ready=True),
-        )  # fmt: skip
-        await finish(fs, config)
-        nursery.cancel_scope.cancel()
-    say(keeper, unmounted=True)
+async def beat(keeper: socket.socket) -> None:
+    """Show the keeper that the loop turns. It may be gone, or be stopped: that must not stop us."""
+    while True:
+        with contextlib.suppress(OSError):
+            keeper.send(b'{"beat": true}', socket.MSG_DONTWAIT)
+        await trio.sleep(1.0)
 
 
 @contextlib.asynccontextmanager
-async def connected(config: MountConfig, *, patient: bool) -> AsyncIterator[Client]:
-    """The client. patient: the mount exists and its users wait, so a server that is away is waited for."""
+async def connected(config: MountConfig, state_dir: Path, request: Asked) -> AsyncIterator[Client]:
+    """The client. What the first daemon found out about the export serves the later ones: no question, no waiting."""
+    path = state_dir / "server.json"
+    key = [config.host, config.addresses, config.port, config.mountport, config.export]
+    known: Known | None = None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        told_key, told = json.loads(path.read_text())
+        if told_key == json.loads(json.dumps(key)):
+            known = Known(tuple(told[0]), told[1], bytes.fromhex(told[2]), *told[3:])
     async with contextlib.AsyncExitStack() as stack:
         while True:
             try:
-                client = await stack.enter_async_context(connect(config.server, config.export))
+                client = await stack.enter_async_context(connect(config.server, config.export, known))
                 break
             except ConnectError as error:
-                if not patient:
+                if not request["patient"]:
                     raise
                 log.warning("%s; trying again", error)
             await trio.sleep(RECONNECT_S)
+        if not request["patient"]:
+            # A first mount says that it may not read the export; an upgrade has its links up before it takes over.
+            with trio.move_on_after(LINKS_UP_S if known is not None else config.timeo_s):
+                await client.getattr(own_credential(), client.root_fh)
+        if known is None:
+            fresh = path.with_suffix(".new")
+            addresses, port, root_fh, *rest = client.known
+            fresh.write_text(json.dumps([key, [addresses, port, root_fh.hex(), *rest]]))
+            fresh.rename(path)
         yield client
 
 
@@ -181,7 +300,7 @@ def tiers(store: Store | None) -> list[control.Answer]:
 
 
 def describe(
-    client: Client, config: MountConfig, request: dict[str, object], store: Store | None
+    client: Client, config: MountConfig, request: Asked, store: Store | None, fs: FileSystem
 ) -> control.Answer:
     """One mount's object of `efcfs status --json`."""
     return {
@@ -189,7 +308,13 @@ def describe(
         "source": config.source,
         "keeper_pid": request["keeper_pid"],
         "daemon_pid": os.getpid(),
+        "failovers": request["failovers"],
+        "upgrades": request["upgrades"],
+        "last_exit": request["last_exit"],
         "uptime_s": round(time.time() - float(str(request["started_at"])), 1),
+        "version": __version__,
+        "open_handles": fs.open_handles,
+        "dirty_bytes": fs.writer.dirty_bytes,
         "server": {"state": client.server_state()},
         "links": client.links(),
         "tiers": tiers(store),
@@ -210,6 +335,8 @@ def main() -> None:
         trio.run(run, keeper, request)
     except ConnectError as error:
         say(keeper, error=str(error), code=32)
+    except OtherVersion as error:
+        say(keeper, error=str(error), code=2)
     except SERVER_ERRORS as error:
         say(keeper, error=f"the server does not let the export's root be read: {error}", code=32)
     except Exception as error:

@@ -248,6 +248,11 @@ class Proxy:
         for pair in self._pairs[:first]:
             self._frozen.update(pair)
 
+    def hold_answers(self) -> None:
+        """What clients send still arrives; what comes back is held."""
+        self._thawed.clear()
+        self._frozen.update(server for _, server in self._pairs)
+
     def thaw(self) -> None:
         """What was held goes on its way."""
         self._freeze_new = False

@@ -8,15 +8,12 @@ import errno
 import functools
 import logging
 import os
-import stat
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import (
     EntryAttributes,
-    FileInfo,
     FUSEError,
     ReaddirToken,
     RequestContext,
@@ -24,46 +21,23 @@ from pyfuse3 import (
     StatvfsData,
 )
 
+from efcfs.fuse.callers import Callers
+from efcfs.fuse.direct import BLKSIZE, MODE_OF_TYPE, Asked, requests, told
 from efcfs.fuse.wire import Caller
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
-from efcfs.vfs.errors import SERVER_ERRORS, errno_of
-from efcfs.vfs.filesystem import Entry, FileSystem, Opened
+from efcfs.vfs.filesystem import Entry, FileSystem, Request
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_MODE_OF_TYPE = {
-    nfs3.NF3REG: stat.S_IFREG,
-    nfs3.NF3DIR: stat.S_IFDIR,
-    nfs3.NF3BLK: stat.S_IFBLK,
-    nfs3.NF3CHR: stat.S_IFCHR,
-    nfs3.NF3LNK: stat.S_IFLNK,
-    nfs3.NF3SOCK: stat.S_IFSOCK,
-    nfs3.NF3FIFO: stat.S_IFIFO,
-}
-# Programs size their buffers by it; 1 MiB for each open file of a small-file reader would be too much.
-BLKSIZE = 128 * 1024
-# Reading the groups of a process costs 25 µs; they change with the process's next exec, if at all.
-GROUPS_TTL_S = 1.0
-MAX_GROUPS = 16
+# Above every node id that `inodes.py` gives.
+NO_NODE = 1 << 63
 # Entries entered in the index at once while listing; those that do not fit the reply are taken back.
 READDIR_BATCH = 64
-
-
-def _told(operation: object, error: Exception) -> FUSEError:
-    """What the kernel is told of the failure of an operation."""
-    if isinstance(error, FUSEError):
-        return error
-    if isinstance(error, (OSError, *SERVER_ERRORS)):
-        return FUSEError(errno_of(error))
-    if isinstance(error, KeyError):
-        return FUSEError(errno.ESTALE)
-    log.error("bug: %s failed", operation, exc_info=error)
-    return FUSEError(errno.EIO)
 
 
 def _answered(
@@ -74,7 +48,7 @@ def _answered(
         try:
             return await operation(self, *args, **kwargs)
         except Exception as error:
-            raise _told(operation, error) from None
+            raise told(operation.__name__, error) from None
 
     return answered
 
@@ -87,47 +61,46 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, fs: FileSystem) -> None:
         self._fs = fs
-        self._credentials: dict[tuple[int, int, int], tuple[float, Credential]] = {}
+        # What is behind a context's pid, which is a token of the wire's (`session.serve` sets it).
+        self.asked: Callable[[int], Asked] | None = None
+        self.callers = Callers()
+        self.served = requests(fs, self.callers)
 
     # -- names -------------------------------------------------------------------------------------
 
     @_answered
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return _entry(await self._fs.lookup(parent_inode, name, self._credential(ctx)))
-
-    @_answered
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        return await self._fs.readlink(inode, self._credential(ctx))
+        return await self._fs.readlink(inode, self._who(ctx)[0])
 
     @_answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return _entry(await self._fs.mkdir(parent_inode, name, mode, self._credential(ctx)))
+        return _entry(await self._fs.mkdir(parent_inode, name, mode, *self._who(ctx)))
 
     @_answered
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self._fs.symlink(parent_inode, name, target, self._credential(ctx)))
+        return _entry(await self._fs.symlink(parent_inode, name, target, *self._who(ctx)))
 
     @_answered
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self._fs.mknod(parent_inode, name, mode, rdev, self._credential(ctx)))
+        return _entry(await self._fs.mknod(parent_inode, name, mode, rdev, *self._who(ctx)))
 
     @_answered
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self._fs.link(inode, new_parent_inode, new_name, self._credential(ctx)))
+        return _entry(await self._fs.link(inode, new_parent_inode, new_name, *self._who(ctx)))
 
     @_answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._fs.unlink(parent_inode, name, self._credential(ctx))
+        await self._fs.unlink(parent_inode, name, *self._who(ctx))
 
     @_answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._fs.rmdir(parent_inode, name, self._credential(ctx))
+        await self._fs.rmdir(parent_inode, name, *self._who(ctx))
 
     @_answered
     async def rename(
@@ -135,21 +108,17 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:  # fmt: skip
         await self._fs.rename(
-            parent_inode_old, name_old, parent_inode_new, name_new, flags, self._credential(ctx)
+            parent_inode_old, name_old, parent_inode_new, name_new, flags, *self._who(ctx)
         )
 
     # -- attributes --------------------------------------------------------------------------------
-
-    @_answered
-    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return _entry(await self._fs.getattr(inode, self._credential(ctx)))
 
     @_answered
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         entry = await self._fs.setattr(
-            inode, self._credential(ctx),
+            inode, self._who(ctx)[0],
             mode=attr.st_mode if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
@@ -162,11 +131,11 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
-        return await self._fs.access(inode, mode, self._credential(ctx))
+        return await self._fs.access(inode, mode, self._who(ctx)[0])
 
     @_answered
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        result, name_max = await self._fs.statfs(self._credential(ctx))
+        result, name_max = await self._fs.statfs(self._who(ctx)[0])
         data = StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = result.tbytes // 4096
@@ -194,38 +163,11 @@ class Operations(pyfuse3.Operations):
 
     # -- files -------------------------------------------------------------------------------------
 
-    @_answered
-    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        if self._fs.is_immutable:
-            raise FUSEError(errno.ENOSYS)  # the kernel asks no more, and READs come by node id
-        return _file_info(await self._fs.open(inode, flags, self._credential(ctx)))
-
-    @_answered
-    async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
-        opened, entry = await self._fs.create(parent_inode, name, mode, flags, self._credential(ctx))
-        return _file_info(opened), _entry(entry)
-
-    @_answered
-    async def flush(self, fh: int) -> None:
-        if self._fs.read_only:
-            raise FUSEError(errno.ENOSYS)  # nothing to do at close(2): the kernel asks no more
-        await self._fs.flush(fh)
-
-    @_answered
-    async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._fs.fsync(fh)
-
-    @_answered
-    async def release(self, fh: int) -> None:
-        await self._fs.release(fh)
-
     # -- directories -------------------------------------------------------------------------------
 
     @_answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return await self._fs.opendir(inode, self._credential(ctx))
+        return await self._fs.opendir(inode, *self._who(ctx))
 
     @_answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
@@ -237,9 +179,10 @@ class Operations(pyfuse3.Operations):
                 if listed.entry is not None:
                     attributes = _entry(listed.entry)
                 else:
-                    # No valid mode: the kernel shows the name and makes no inode of it.
+                    # No valid mode: the kernel shows the name, makes no inode of it, and sends a FORGET all the same:
+                    # for a number that no file has.
                     attributes = EntryAttributes()
-                    attributes.st_ino = listed.fileid
+                    attributes.st_ino = listed.fileid | NO_NODE
                     attributes.st_mode = 0
                     attributes.entry_timeout = attributes.attr_timeout = 0
                 if not pyfuse3.readdir_reply(token, listed.name, attributes, _signed(listed.cookie)):
@@ -260,23 +203,26 @@ class Operations(pyfuse3.Operations):
 
     # -- past libfuse (`wire.Files`) ---------------------------------------------------------------
 
+    def buffer(self) -> memoryview:
+        return self._fs.dirty.buffer()
+
     def read_at_once(self, fh: int, ino: int, offset: int, size_bytes: int) -> memoryview | bytes | None:
         try:
             return self._fs.read_at_once(fh, ino, offset, size_bytes)
         except Exception as error:
-            raise _told("read", error) from None
+            raise told("read", error) from None
 
     @_answered
     async def read_later(
         self, fh: int, ino: int, offset: int, size_bytes: int, caller: Caller
     ) -> memoryview | bytes:
-        return await self._fs.read(fh or self._fs.handle_of(ino, self._credential(caller)), offset, size_bytes)
+        return await self._fs.read(fh or self._fs.handle_of(ino, self.callers.credential(*caller)), offset, size_bytes)
 
-    def write_at_once(self, fh: int, offset: int, data: memoryview) -> bool:
+    def write_at_once(self, fh: int, offset: int, data: memoryview) -> bool | None:
         try:
             return self._fs.write_at_once(fh, offset, data)
         except Exception as error:
-            raise _told("write", error) from None
+            raise told("write", error) from None
 
     @_answered
     async def write_later(self, fh: int, offset: int, data: memoryview) -> None:
@@ -287,36 +233,11 @@ class Operations(pyfuse3.Operations):
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def _credential(self, ctx: RequestContext | Caller) -> Credential:
-        """Who calls, with supplementary groups (the kernel passes only one)."""
-        key = (ctx.pid, ctx.uid, ctx.gid)
-        now = time.monotonic()
-        cached = self._credentials.get(key)
-        if cached is not None and now - cached[0] < GROUPS_TTL_S:
-            return cached[1]
-        if len(self._credentials) > 1024:
-            self._credentials.clear()
-        credential = Credential(ctx.uid, ctx.gid, _groups(ctx.pid))
-        self._credentials[key] = (now, credential)
-        return credential
-
-
-def _groups(pid: int) -> tuple[int, ...]:
-    """Supplementary groups of the process; none when it is gone or in a foreign pid namespace (pid 0)."""
-    if not pid:
-        return ()
-    try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"Groups:"):
-                    return tuple(int(group) for group in line.split()[1:])[:MAX_GROUPS]
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # the caller died while its request was on the way
-    return ()
-
-
-def _file_info(opened: Opened) -> FileInfo:
-    return FileInfo(fh=opened.handle, keep_cache=opened.keep_cache, direct_io=opened.direct_io)
+    def _who(self, ctx: RequestContext) -> tuple[Credential, Request]:
+        """Who asks, and what the kernel says of the request."""
+        assert self.asked is not None
+        asked = self.asked(ctx.pid)
+        return self.callers.credential(ctx.uid, ctx.gid, asked.pid), asked.request
 
 
 def _entry(entry: Entry) -> EntryAttributes:
@@ -331,7 +252,7 @@ def _entry(entry: Entry) -> EntryAttributes:
 
 
 def _fill(attributes: EntryAttributes, attr: Fattr) -> None:
-    attributes.st_mode = _MODE_OF_TYPE.get(attr.type, 0) | (attr.mode & 0o7777)
+    attributes.st_mode = MODE_OF_TYPE.get(attr.type, 0) | (attr.mode & 0o7777)
     attributes.st_nlink = attr.nlink
     attributes.st_uid = attr.uid
     attributes.st_gid = attr.gid

@@ -55,9 +55,9 @@ def amend_init_reply(request: bytes, reply: bytes) -> bytes:
 
 
 async def serve(
-    operations: Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[], None]
+    operations: Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[Wire], None]
 ) -> None:
-    """Serve the mount behind `fuse_fd` until it is unmounted.
+    """Serve the mount behind `fuse_fd` until it is unmounted, or until cancelled, and leave it then to others.
 
     first: nobody served it before, so the kernel waits for the INIT reply; otherwise requests that died
     with the daemon before are asked for again (kernel 6.9 or later).
@@ -73,12 +73,16 @@ async def serve(
             os.write(fuse_fd, amend_init_reply(init_request, reply))
         else:
             resend(fuse_fd)
-        on_ready()
         wire = Wire(fuse_fd, ours, room.listed_bytes, operations)
+        operations.asked = wire.asked
+        on_ready(wire)
         async with open_nursery() as nursery:
             nursery.start_soon(pyfuse3.main, min(MIN_TASKS, room.requests), room.requests)
             await wire.run()
-            pyfuse3.terminate()  # it ends when what libfuse has is done
+            if wire.replaced:
+                nursery.cancel_scope.cancel()
+            else:
+                pyfuse3.terminate()  # it ends when what libfuse has is done
     finally:
         os.close(fuse_fd)
         ours.close()

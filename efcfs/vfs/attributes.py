@@ -61,6 +61,7 @@ class Attributes:
         self._mode_of = mode_of
         self._client = client
         self._timeouts = timeouts
+        self._since = time.monotonic()
 
     def remaining_s(self, inode: Inode) -> float:
         """How long the cached attributes are still fresh; while the server is away, old ones must do."""
@@ -126,7 +127,8 @@ class Attributes:
         """Attributes seen earlier (monotonic seconds), for an inode of which nothing newer is known."""
         if inode.attr is None or (inode.attr_at < seen_at and version(inode.attr) == version(attr)):
             inode.attr, inode.attr_at = attr, seen_at
-            inode.timeout_s = self._bounds(inode, attr)[0]
+            # A daemon before us may have changed the file after it saw them.
+            inode.timeout_s = self._bounds(inode, attr)[0] if seen_at >= self._since else 0.0
 
     def update_wcc(self, inode: Inode, wcc: Wcc, asked_at: float) -> None:
         """Take over weak cache consistency data (RFC 1813 §2.6): ours, if nobody wrote before us."""

@@ -38,6 +38,36 @@ class Directories:
         self._client = client
         self._attributes = attributes
         self._nursery = nursery
+        # Those that somebody reads now, by node id.
+        self._open: dict[int, list[Listing]] = {}
+
+    def changed(self, inode: Inode, name: bytes) -> None:
+        """We made, removed or moved a name: what listings have of it is old.
+
+        The kept one may still seem to be of the directory's version: that stays the same within one tick of a
+        server's clock.
+        """
+        for listing in self._open.get(inode.ino, ()):
+            listing.stale.add(name)
+            listing.spoil()
+        try:
+            number = self.listings.forget(inode.fh)
+        except NoRoom as error:
+            log.info("an old listing stays: %s", error)
+            return
+        if number is not None:
+            self.drop(number)
+
+    def touched(self, directory: Inode, name: bytes) -> None:
+        """We change a file: what the kept listing says of it is old, and could be told to the kernel later."""
+        found = self.listings.directory(directory.fh)
+        if found is not None:
+            try:
+                self.listings.blur(found.number, name)
+            except NoRoom:
+                self.changed(directory, name)
+        for listing in self._open.get(directory.ino, ()):
+            listing.stale.add(name)
 
     def known(self, inode: Inode) -> Directory | None:
         """The kept listing, if the directory is still of that version as far as we know."""
@@ -59,7 +89,15 @@ class Directories:
 
     def listing(self, inode: Inode, cred: Credential) -> "Listing":
         """For an opendir(3) that has just revalidated the directory's attributes."""
-        return Listing(self, self._client, inode, cred, self.known(inode))
+        listing = Listing(self, self._client, inode, cred, self.known(inode))
+        self._open.setdefault(inode.ino, []).append(listing)
+        return listing
+
+    def closed(self, listing: "Listing") -> None:
+        others = self._open[listing.inode.ino]
+        others.remove(listing)
+        if not others:
+            del self._open[listing.inode.ino]
 
     def keep(self, inode: Inode, number: int, of: tuple[int, int, int], seen_at: float) -> None:
         replaced = self.listings.complete(inode.fh, number, of, seen_at)
@@ -82,7 +120,7 @@ class Listing:
 
     __slots__ = (
         "_at", "_client", "_cred", "_directories", "_known", "_next", "_number", "_page", "_place", "_started",
-        "_verifier", "fresh", "inode", "seen_at",
+        "_verifier", "fresh", "inode", "seen_at", "stale",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +130,8 @@ class Listing:
         # When the last page was seen (monotonic seconds), and whether the server told it just now.
         self.seen_at = 0.0
         self.fresh = False
+        # Names that changed since it was opened.
+        self.stale: set[bytes] = set()
         self._directories = directories
         self._client = client
         self._cred = cred
@@ -126,8 +166,18 @@ class Listing:
         return page.entries, 0
 
     def close(self) -> None:
+        self._give_up()
+        self._directories.closed(self)
+
+    def spoil(self) -> None:
+        """The directory changed: what is read of it is not kept as a whole."""
+        self._started = None
+
+    def _give_up(self) -> None:
+        """What was kept so far is not a whole listing."""
         if self._number is not None:
             self._directories.drop(self._number)
+            self._number = None
 
     def _kept(self, cookie: int) -> nfs3.ReaddirplusResult | None:
         """The page from the kept listing; None when there is none, or `cookie` is not from the page before."""
@@ -148,19 +198,19 @@ class Listing:
         """Keep what is read in one go from the first to the last page, all of one version."""
         listings = self._directories.listings
         if not cookie:
-            self.close()
+            self._give_up()
             self._number, self._place = listings.begin(), 0
-            self._started = version(page.attr) if page.attr is not None else None
         if self._number is None:
             return
         in_order = not cookie or (self._page is not None and self._page.entries[-1].cookie == cookie)
         if not in_order or page.attr is None or version(page.attr) != self._started or self._started is None:
-            self.close()
-            self._number = None
+            self._give_up()
             return
         listings.add(self._number, self._place, page.entries)
         self._place += len(page.entries)
         if page.eof:
+            for name in self.stale:
+                listings.blur(self._number, name)
             self._directories.keep(self.inode, self._number, self._started, self.seen_at)
             self._number = None
 
@@ -175,6 +225,9 @@ class Listing:
     async def _fetch(self, cookie: int) -> nfs3.ReaddirplusResult:
         client, fh = self._client, self.inode.fh
         self.seen_at, self.fresh = time.monotonic(), True
+        if not cookie:
+            # Of before the first page: attributes that come with it may be of after a change that it does not have.
+            self._started = version(self.inode.attr) if self.inode.attr is not None else None
         try:
             page = await client.readdirplus(self._cred, fh, cookie, self._verifier)
         except NfsError as error:

@@ -13,8 +13,9 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +31,11 @@ from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, Kernel, Timeouts, version
 from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories, Listing
+from efcfs.vfs.dirtylog import DirtyLog
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
+from efcfs.vfs.handles import Handles
 from efcfs.vfs.inodes import ROOT_INO, Found, Inode, Inodes
-from efcfs.vfs.openfile import Handle, OpenFile
+from efcfs.vfs.openfile import Extent, Handle, OpenFile
 from efcfs.vfs.prefetch import Prefetch
 from efcfs.vfs.reader import Reader, fetch_from
 from efcfs.vfs.warmup import Warmup
@@ -45,6 +48,10 @@ MAYBE_NOW_NS = 1_000_000_000
 RENAME_NOREPLACE = 1
 # Files that are read without having been opened, of which the streams of reads are remembered.
 MAX_STANDING = 1024
+# A kernel that was made to look a file up again does so within this time.
+TAUGHT_S = 1.0
+# How long removing a hidden name may take when the program that opened it is gone.
+CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,8 @@ class FilesystemOptions:
     consistency: Consistency = field(default_factory=Consistency)
     # Tells this server's file handles from those of others in a shared cache.
     server_identity: bytes = b""
+    # So much may be written and not yet safe on the server.
+    most_dirty_bytes: int = 128 * 1024**2
 
 
 class Entry(NamedTuple):
@@ -66,6 +75,16 @@ class Entry(NamedTuple):
     attr: Fattr | None
     entry_timeout_s: float
     attr_timeout_s: float
+
+
+class Request(NamedTuple):
+    """What of the kernel's request matters when a daemon may have died over it.
+
+    `unique`: its number. `again`: a daemon before this one took it, and may have done it before it died.
+    """
+
+    unique: int
+    again: bool
 
 
 class Opened(NamedTuple):
@@ -89,27 +108,49 @@ class FileSystem:
     """One mounted export."""
 
     def __init__(
-        self, client: Client, options: FilesystemOptions, inodes: Inodes, nursery: trio.Nursery, store: Store | None
-    ) -> None:
+        self, client: Client, options: FilesystemOptions, inodes: Inodes, handles: Handles, dirty: DirtyLog,
+        nursery: trio.Nursery, store: Store | None,
+    ) -> None:  # fmt: skip
         self.read_only = options.read_only
         self.attributes = Attributes(client, options.timeouts, self._mode_of)
-        self.writer = Writer(client, self.attributes, inodes, nursery)
-        self.reader = Reader(fetch_from(client), store, options.server_identity, self._learn, nursery)
+        self.dirty = dirty
+        self.reader = Reader(
+            fetch_from(client), store, options.server_identity, self._learn, self._written, nursery
+        )
+        self.writer = Writer(
+            client, self.attributes, inodes, handles, dirty, options.most_dirty_bytes, self.reader.forget, nursery
+        )
         self._directories = Directories(client, self.attributes, inodes.listings, nursery)
         self.warmup = Warmup(client, self._directories, self.reader, store, nursery)
         self.prefetch = Prefetch(self._directories, self.reader, inodes, nursery) if store is not None else None
         self._client = client
         self._options = options
         self._inodes = inodes
+        self._table = handles
         self._open: dict[int, Inode] = {}
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, Listing] = {}
         # Handles of files that the kernel opens by itself, by node id; the last used last.
         self._standing: OrderedDict[int, int] = OrderedDict()
-        self._next_handle = 1
-        self._hidden = 0
+        # Files whose name is being taken away, and which were not open when that began: who opens one waits.
+        self._removals: dict[int, trio.Event] = {}
+        # Handles of requests that came again, by their number, which a daemon before us had opened.
+        self._opened_before: dict[int, int] = {}
 
     # -- names -------------------------------------------------------------------------------------
+
+    def lookup_at_once(self, parent: int, name: bytes) -> Entry | None:
+        """What a kept listing of the directory tells, if it may be believed."""
+        directory = self._inodes.get(parent)
+        if self._options.lookupcache != "all" or name in (b".", b".."):
+            return None
+        seen = self._directories.find(directory, name)
+        if seen is None:
+            return None
+        entry, seen_at = seen
+        if entry is None:
+            return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
+        return self._recalled(directory, entry, seen_at)
 
     async def lookup(self, parent: int, name: bytes, cred: Credential) -> Entry:
         directory = self._inodes.get(parent)
@@ -117,12 +158,6 @@ class FileSystem:
         if name == b".":
             await self.attributes.get(directory, cred)
             return self._enter(directory.parent, directory.name, directory.fh, directory.attr, asked_at)
-        seen = self._directories.find(directory, name) if self._options.lookupcache == "all" else None
-        if seen is not None:
-            entry, seen_at = seen
-            if entry is None:
-                return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
-            return self._recalled(directory, entry, seen_at)
         known = self._inodes.at(parent, name)
         usable = known is not None and self.attributes.may_be_old(known)
         try:
@@ -134,8 +169,8 @@ class FileSystem:
                 raise
             return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
         except ServerAway:
-            assert known is not None and known.attr is not None
-            (known,) = self._inodes.enter((Found(parent, name, known.fh, known.attr.fileid, known.attr.fsid),))
+            assert known is not None
+            (known,) = self._inodes.enter((_found(parent, name, known),))
             return self._entry(known, self._entry_timeout_s(directory, positive=True))
         self.attributes.update(directory, found.dir_attr, asked_at)
         return await self._entered(directory, name, found.fh, found.attr, asked_at, cred)
@@ -147,92 +182,104 @@ class FileSystem:
         self.attributes.update(inode, result.attr, asked_at)
         return result.target
 
-    async def mkdir(self, parent: int, name: bytes, mode: int, cred: Credential) -> Entry:
+    async def mkdir(self, parent: int, name: bytes, mode: int, cred: Credential, request: Request) -> Entry:
         directory = self._inodes.get(parent)
         self._refuse_immutable(directory)
         asked_at = time.monotonic()
-        made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)))
+        made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)), again=request.again)
         return await self._made(directory, name, made, asked_at, cred)
 
-    async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential) -> Entry:
+    async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential, request: Request) -> Entry:
         directory = self._inodes.get(parent)
         self._refuse_immutable(directory)
         asked_at = time.monotonic()
-        made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target)
+        made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target, again=request.again)
         return await self._made(directory, name, made, asked_at, cred)
 
-    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential) -> Entry:
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential, request: Request
+    ) -> Entry:
         directory = self._inodes.get(parent)
         self._refuse_immutable(directory)
         sattr = Sattr(mode=stat.S_IMODE(mode))
         asked_at = time.monotonic()
         if stat.S_ISREG(mode):
-            made = await self._create_exclusive(directory, name, sattr, cred)
+            made = await self._create_exclusive(directory, name, sattr, cred, request)
         else:
             file_type = _TYPE_OF_MODE.get(stat.S_IFMT(mode))
             if file_type is None:
                 raise OSError(errno.EINVAL, "mknod of this type")
             made = await self._client.mknod(
-                cred, directory.fh, name, file_type, sattr, os.major(rdev), os.minor(rdev)
+                cred, directory.fh, name, file_type, sattr, os.major(rdev), os.minor(rdev), again=request.again
             )
         return await self._made(directory, name, made, asked_at, cred)
 
-    async def link(self, ino: int, new_parent: int, new_name: bytes, cred: Credential) -> Entry:
+    async def link(
+        self, ino: int, new_parent: int, new_name: bytes, cred: Credential, request: Request
+    ) -> Entry:
         inode, directory = self._inodes.get(ino), self._inodes.get(new_parent)
         self._refuse_immutable(inode, directory)
         asked_at = time.monotonic()
-        result = await self._client.link(cred, inode.fh, directory.fh, new_name)
+        result = await self._client.link(cred, inode.fh, directory.fh, new_name, again=request.again)
         self.attributes.update_wcc(directory, result.wcc, asked_at)
         # A new name changes ctime and nothing that the kernel's pages hold.
         self.attributes.update(inode, result.attr, asked_at, own=True)
         return await self._entered(directory, new_name, inode.fh, result.attr, asked_at, cred)
 
-    async def unlink(self, parent: int, name: bytes, cred: Credential) -> None:
+    async def unlink(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
         directory = self._inodes.get(parent)
         self._refuse_immutable(directory)
         target = self._inodes.at(parent, name)
-        if target is not None and _must_hide(target):
-            await self._hide(directory, name, target, cred)
+        if target is not None and _must_hide(target, request):
+            await self._hide(directory, name, target, cred, request)
             return
         asked_at = time.monotonic()
-        result = await self._client.remove(cred, directory.fh, name)
+        with self._removal(target):
+            result = await self._client.remove(cred, directory.fh, name, again=request.again)
         self._inodes.removed(parent, name)
+        self._directories.changed(directory, name)
         self.attributes.update_wcc(directory, result.wcc, asked_at)
         if target is not None:
             self.attributes.expire(target)  # it may live on under other names, with a link less
 
-    async def rmdir(self, parent: int, name: bytes, cred: Credential) -> None:
+    async def rmdir(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
         directory = self._inodes.get(parent)
         self._refuse_immutable(directory)
         asked_at = time.monotonic()
-        result = await self._client.rmdir(cred, directory.fh, name)
+        result = await self._client.rmdir(cred, directory.fh, name, again=request.again)
         self._inodes.removed(parent, name)
+        self._directories.changed(directory, name)
         self.attributes.update_wcc(directory, result.wcc, asked_at)
 
     async def rename(
-        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, cred: Credential
-    ) -> None:
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, cred: Credential,
+        request: Request,
+    ) -> None:  # fmt: skip
         if flags & ~RENAME_NOREPLACE:
             raise OSError(errno.EINVAL, "NFSv3 cannot exchange names")
         old, new = self._inodes.get(parent), self._inodes.get(new_parent)
         self._refuse_immutable(old, new)
+        if request.again and await self._was_renamed(old, name, new, new_name, cred):
+            return
         hidden: Inode | None = None
+        replaced: Inode | None = None
         if flags & RENAME_NOREPLACE:
-            if await self._rename_to_free_name(old, name, new, new_name, cred):
+            if await self._rename_to_free_name(old, name, new, new_name, cred, request):
                 return
         else:
-            hidden = self._inodes.at(new_parent, new_name)
-            if hidden is not None:
-                self.attributes.expire(hidden)
-            if hidden is not None and _must_hide(hidden):
-                if (await self._client.lookup(cred, old.fh, name)).fh == hidden.fh:
+            replaced = self._inodes.at(new_parent, new_name)
+            if replaced is not None:
+                self.attributes.expire(replaced)
+            if replaced is not None and _must_hide(replaced, request):
+                if (await self._client.lookup(cred, old.fh, name)).fh == replaced.fh:
                     return  # both names are the same file: POSIX says do nothing
-                await self._hide(new, new_name, hidden, cred)
-            else:
-                hidden = None
+                if replaced.open_file is not None:  # still
+                    await self._hide(new, new_name, replaced, cred, request)
+                    hidden = replaced
         asked_at = time.monotonic()
         try:
-            result = await self._client.rename(cred, old.fh, name, new.fh, new_name)
+            with self._removal(replaced):
+                result = await self._client.rename(cred, old.fh, name, new.fh, new_name, again=request.again)
         except SERVER_ERRORS:
             if hidden is not None:
                 await self._unhide(new, hidden, new_name, cred)
@@ -242,16 +289,80 @@ class FileSystem:
             self.attributes.update_wcc(new, result.to_wcc, asked_at)
         self._renamed(old, name, new, new_name)
 
+    @contextlib.contextmanager
+    def _removal(self, target: Inode | None) -> Iterator[None]:
+        """Meanwhile nobody opens the file that loses its name: it may be gone when the answer comes."""
+        if target is None or target.open_file is not None:
+            yield
+            return
+        done = self._removals[target.ino] = trio.Event()
+        try:
+            yield
+        finally:
+            if self._removals.get(target.ino) is done:
+                del self._removals[target.ino]
+            done.set()
+
+    async def _was_renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential) -> bool:
+        """Whether a RENAME that came again was done before: the old name is gone, and the new one there."""
+        try:
+            await self._client.lookup(cred, old.fh, name)
+        except NfsError as error:
+            if error.status != nfs3.NFS3ERR_NOENT:
+                raise
+        else:
+            return False
+        await self._client.lookup(cred, new.fh, new_name)  # NOENT: it was never there to be renamed
+        for directory in (old, new):
+            self.attributes.expire(directory)
+        self._renamed(old, name, new, new_name)
+        return True
+
     def attach(self, kernel: Kernel) -> None:
         """From now on the kernel may be told things."""
         self.attributes.kernel = kernel
         if self.prefetch is not None and self.is_immutable:
             self.prefetch.store_pages = kernel.store_pages
 
+    def adopt(self) -> None:
+        """Go on with what a daemon before us left: open handles, hidden names, bytes that are not safe yet."""
+        for slot in self._table:
+            try:
+                inode = self._inodes.get(slot.ino)
+            except KeyError:
+                log.error("inode %d is open and not known", slot.ino)
+                self._table.remove(slot.number)
+                continue
+            self._opened_before[slot.unique] = slot.number
+            if slot.is_directory:
+                self._listings[slot.number] = self._directories.listing(inode, slot.cred)
+                continue
+            file = self._file(inode)
+            file.sillyname = self._inodes.hidden_name(slot.ino)
+            self._add_handle(Handle(slot.number, file, slot.cred, slot.flags, slot.error))
+        for left in self.dirty.left():
+            handle = self._handles.get(left.handle)
+            if handle is None:
+                log.error("%d bytes belong to no open file and stay in the log", left.record.length_bytes)
+            else:
+                self.writer.take_left(handle, left.offset, left.record)
+        self.writer.resume()
+
+    @property
+    def open_handles(self) -> int:
+        return len(self._table)
+
     def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
         self._inodes.forget(forgotten)
 
     # -- attributes --------------------------------------------------------------------------------
+
+    def getattr_at_once(self, ino: int) -> Entry | None:
+        """What is cached, if it may be believed."""
+        inode = self._inodes.get(ino)
+        if inode.open_file is not None and inode.open_file.extents:
+            return None
+        return self._entry(inode) if inode.attr is not None and self.attributes.remaining_s(inode) else None
 
     async def getattr(self, ino: int, cred: Credential) -> Entry:
         inode = self._inodes.get(ino)
@@ -282,6 +393,7 @@ class FileSystem:
         sattr = Sattr(None if mode is None else stat.S_IMODE(mode), uid, gid, size_bytes, *times)
         if handle is not None and size_bytes is not None and mode is None and uid is None and gid is None:
             cred = self._handles[handle].cred
+        self._touched(inode)
         asked_at = time.monotonic()
         try:
             result = await self._client.setattr(cred, inode.fh, sattr)
@@ -318,37 +430,56 @@ class FileSystem:
 
     # -- files -------------------------------------------------------------------------------------
 
-    async def open(self, ino: int, flags: int, cred: Credential) -> Opened:
+    async def open(self, ino: int, flags: int, cred: Credential, request: Request) -> Opened:
         inode = self._inodes.get(ino)
+        number = self._opened_before.pop(request.unique, None) if request.again else None
+        if number is not None and number in self._handles:
+            return Opened(number, False, self._mode_of(inode) is Mode.STRICT)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._refuse_immutable(inode)
+        while ino in self._removals:
+            await self._removals[ino].wait()
+        file = self._file(inode)
+        file.opening += 1  # who takes its name away meanwhile must hide it
+        try:
+            return await self._open_checked(inode, flags, cred, request)
+        finally:
+            file.opening -= 1
+            if not file.handles and not file.opening:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
+                    await self._closed(file, cred)
+
+    async def _open_checked(self, inode: Inode, flags: int, cred: Credential, request: Request) -> Opened:
         cto = self._options.cto and self._mode_of(inode) is not Mode.IMMUTABLE
         if cto or not self.attributes.remaining_s(inode):
             if not await self._may(inode, _wanted_by(flags), cred):
                 raise OSError(errno.EACCES, "the server does not allow it")
-            inode = self._inodes.get(ino)
-            self._check_kernel_size(inode)
+            self._check_kernel_size(inode, flags)
         if flags & os.O_TRUNC:
-            await self.setattr(ino, cred, size_bytes=0)
-            inode = self._inodes.get(ino)
+            await self.setattr(inode.ino, cred, size_bytes=0)
             inode.kernel_size_bytes = 0
         if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
             self._prefetch_beside(inode, cred)
-        return self._opened(inode, flags, cred)
+        return self._opened(inode, flags, cred, request)
 
     async def create(
-        self, parent: int, name: bytes, mode: int, flags: int, cred: Credential
+        self, parent: int, name: bytes, mode: int, flags: int, cred: Credential, request: Request
     ) -> tuple[Opened, Entry]:
         directory = self._inodes.get(parent)
         self._refuse_immutable(directory)
+        number = self._opened_before.pop(request.unique, None) if request.again else None
+        if number is not None and number in self._handles:
+            inode = self._open[self._handles[number].file.ino]
+            await self.attributes.get(inode, cred)  # its lookup was counted by who opened it
+            return Opened(number, False, self._mode_of(inode) is Mode.STRICT), self._entry(inode)
         asked_at = time.monotonic()
         sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
         if flags & os.O_EXCL:
-            made = await self._create_exclusive(directory, name, sattr, cred)
+            made = await self._create_exclusive(directory, name, sattr, cred, request)
         else:
             made = await self._client.create(cred, directory.fh, name, sattr)
         entry = await self._made(directory, name, made, asked_at, cred)
-        return self._opened(self._inodes.get(entry.ino), flags, cred), entry
+        return self._opened(self._inodes.get(entry.ino), flags, cred, request), entry
 
     def read_at_once(self, handle_id: int, ino: int, offset: int, size_bytes: int) -> memoryview | bytes | None:
         """What `read` would answer, if memory has it. Handle 0: of a file that was not opened, by its node id."""
@@ -377,15 +508,22 @@ class FileSystem:
         attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
         # What gets committed while we ask may not be in the answer: it is laid over all the same.
         extents = list(file.extents)
-        if strict or (offset + size_bytes > attr.size and not self.attributes.remaining_s(inode)):
-            attr = await self.attributes.revalidate(inode, handle.cred)
-        if not extents:
-            there = await self.reader.read(handle, offset, size_bytes, attr)
-            if len(there) < min(size_bytes, attr.size - offset):
-                # The kernel takes a short answer for the end of the file, so that must be true.
+        with self.writer.holding(extents):
+            if strict or (offset + size_bytes > attr.size and not self.attributes.remaining_s(inode)):
                 attr = await self.attributes.revalidate(inode, handle.cred)
-                there = await self.reader.exactly(handle, offset, min(size_bytes, attr.size - offset))
-            return there
+            if extents:
+                return await self._read_dirty(handle, offset, size_bytes, attr, extents)
+        there = await self.reader.read(handle, offset, size_bytes, attr)
+        if len(there) < min(size_bytes, attr.size - offset):
+            # The kernel takes a short answer for the end of the file, so that must be true.
+            attr = await self.attributes.revalidate(inode, handle.cred)
+            there = await self.reader.exactly(handle, offset, min(size_bytes, attr.size - offset))
+        return there
+
+    async def _read_dirty(
+        self, handle: Handle, offset: int, size_bytes: int, attr: Fattr, extents: list[Extent]
+    ) -> memoryview | bytes:
+        """What the server has, with what is written and not there yet laid over it."""
         size_bytes = min(size_bytes, max(attr.size, *(e.end for e in extents)) - offset)
         if size_bytes <= 0:
             return b""
@@ -393,7 +531,8 @@ class FileSystem:
         there = await self.reader.exactly(handle, offset, min(size_bytes, attr.size - offset))
         target[: len(there)] = there
         earlier = set(map(id, extents))
-        self.writer.overlay([*extents, *(e for e in file.extents if id(e) not in earlier)], offset, target)
+        newer = (e for e in handle.file.extents if id(e) not in earlier)
+        self.writer.overlay([*extents, *newer], offset, target)
         return target
 
     @property
@@ -402,59 +541,85 @@ class FileSystem:
         consistency = self._options.consistency
         return consistency.default is Mode.IMMUTABLE and not consistency.by_path
 
-    def write_at_once(self, handle_id: int, offset: int, data: memoryview) -> bool:
-        """`write`, if it needs not wait. The memory of `data` is kept."""
-        handle = self._handles[handle_id]
-        if handle.flags & os.O_SYNC or not self.writer.has_room(len(data)):  # O_DSYNC is a part of O_SYNC
-            return False
+    def write_at_once(self, handle_id: int, offset: int, data: memoryview) -> bool | None:
+        """`write`, if it needs not wait (else None). True: tasks were started."""
+        handle, writer = self._handles[handle_id], self.writer
+        if handle.flags & os.O_SYNC or not writer.has_room(len(data)):  # O_DSYNC is a part of O_SYNC
+            return None
         self._check_end(offset + len(data))
-        self.writer.take(handle, offset, data)
+        started = writer.started
+        if not writer.take(handle, offset, data):
+            return None
         self._grow(handle.file.ino, offset + len(data))
-        return True
+        return writer.started != started
 
     async def write(self, handle_id: int, offset: int, data: memoryview) -> None:
         handle = self._handles[handle_id]
         self._check_end(offset + len(data))
-        await self.writer.room(len(data))
-        self.writer.take(handle, offset, data)
+        await self.writer.take_later(handle, offset, data)
         self._grow(handle.file.ino, offset + len(data))
         if handle.flags & os.O_SYNC:
             await self._sync(handle)
 
     async def flush(self, handle_id: int) -> None:
-        """close(2): what was written is committed, or its error reported."""
+        """close(2) and fsync(2): what was written is committed, or its error reported."""
         await self._sync(self._handles[handle_id])
 
-    async def fsync(self, handle_id: int) -> None:
-        await self._sync(self._handles[handle_id])
+    def has_unwritten(self, handle_id: int) -> bool:
+        """Whether `flush` has anything to do, or to report."""
+        handle = self._handles[handle_id]
+        return bool(handle.file.extents or handle.error)
+
+    def release_at_once(self, handle_id: int) -> bool:
+        """`release`, if it needs not wait."""
+        handle = self._handles[handle_id]
+        file = handle.file
+        if file.extents or (file.sillyname is not None and len(file.handles) == 1):
+            return False
+        self._let_go(handle)
+        if not file.handles and not file.opening:
+            self._open.pop(file.ino).open_file = None
+        self._table.remove(handle_id)
+        return True
 
     async def release(self, handle_id: int) -> None:
         handle = self._handles[handle_id]
         file = handle.file
         if file.extents:
             await self.writer.sync(file)  # written through a mapping after close(2)
+        self._let_go(handle)
+        if not file.handles and not file.opening:
+            await self._closed(file, handle.cred)
+        # Last, so that a daemon that dies before leaves the handle, and what is to be done, to the next.
+        self._table.remove(handle_id)
+
+    def _let_go(self, handle: Handle) -> None:
         handle.closed = True
-        del self._handles[handle_id]
-        file.handles -= 1
-        if file.handles:
-            return
+        del self._handles[handle.number]
+        handle.file.handles.remove(handle)
+
+    async def _closed(self, file: OpenFile, cred: Credential) -> None:
         if file.sillyname is not None:
             # Still open until the hidden name is gone, since until then it counts as a link.
             parent, name = file.sillyname
-            await self._remove_hidden(self._inodes.get(parent), name, handle.cred)
+            await self._remove_hidden(self._inodes.get(parent), name, cred)
             file.sillyname = None
+            self._inodes.unhidden(file.ino)
             self._forget_attributes(self._inodes.get(file.ino))
-            if file.handles:
+            if file.handles or file.opening:
                 return  # opened again meanwhile, by another link
         self._open.pop(file.ino).open_file = None
 
     # -- directories -------------------------------------------------------------------------------
 
-    async def opendir(self, ino: int, cred: Credential) -> int:
+    async def opendir(self, ino: int, cred: Credential, request: Request) -> int:
         inode = self._inodes.get(ino)
+        number = self._opened_before.pop(request.unique, None) if request.again else None
+        if number is not None and number in self._listings:
+            return number
         if not await self._may(inode, nfs3.ACCESS3_READ, cred):
             raise OSError(errno.EACCES, "the server does not allow it")
-        number = self._number()
+        number = self._table.add(request.unique, ino, 0, cred, is_directory=True)
         self._listings[number] = self._directories.listing(self._inodes.get(ino), cred)
         return number
 
@@ -467,9 +632,10 @@ class FileSystem:
         entries, start = await listing.after(cookie)
         chosen = entries[start : start + most]
         directory = listing.inode
-        known = [e for e in chosen if e.fh is not None and e.attr is not None and e.name not in (b".", b"..")]
+        bare = {b".", b"..", *listing.stale}
+        known = [e for e in chosen if e.fh is not None and e.attr is not None and e.name not in bare]
         inodes = self._inodes.enter(
-            Found(directory.ino, e.name, e.fh, e.fileid, e.attr.fsid)
+            Found(directory.ino, e.name, e.fh, e.attr)
             for e in known
             if e.fh is not None and e.attr is not None
         )
@@ -485,6 +651,7 @@ class FileSystem:
 
     def releasedir(self, handle_id: int) -> None:
         self._listings.pop(handle_id).close()
+        self._table.remove(handle_id)
 
     # -- ending ------------------------------------------------------------------------------------
 
@@ -504,12 +671,15 @@ class FileSystem:
     def _grow(self, ino: int, end: int) -> None:
         """The kernel's own idea of the size after a write."""
         inode = self._inodes.get(ino)
+        if inode.open_file is not None and inode.open_file.written == 1:
+            self._touched(inode)
         if inode.kernel_size_bytes is not None:
             inode.kernel_size_bytes = max(inode.kernel_size_bytes, end)
 
-    def _number(self) -> int:
-        self._next_handle += 1
-        return self._next_handle
+    def _touched(self, inode: Inode) -> None:
+        """We change the file itself."""
+        with contextlib.suppress(KeyError):  # its directory was forgotten
+            self._directories.touched(self._inodes.get(inode.parent), inode.name)
 
     def _mode_of(self, inode: Inode) -> Mode:
         consistency = self._options.consistency
@@ -543,14 +713,14 @@ class FileSystem:
 
     def _enter(self, parent: int, name: bytes, fh: bytes, attr: Fattr | None, asked_at: float) -> Entry:
         assert attr is not None
-        (inode,) = self._inodes.enter((Found(parent, name, fh, attr.fileid, attr.fsid),))
+        (inode,) = self._inodes.enter((Found(parent, name, fh, attr),))
         self.attributes.update(inode, attr, asked_at)
         return self._entry(inode, self._entry_timeout_s(self._inodes.get(parent), positive=True))
 
     def _recalled(self, directory: Inode, entry: DirEntryPlus, seen_at: float) -> Entry:
         """Enter a name from a kept listing."""
         assert entry.fh is not None and entry.attr is not None
-        (inode,) = self._inodes.enter((Found(directory.ino, entry.name, entry.fh, entry.fileid, entry.attr.fsid),))
+        (inode,) = self._inodes.enter((Found(directory.ino, entry.name, entry.fh, entry.attr),))
         self.attributes.recall(inode, entry.attr, seen_at)
         return self._entry(inode, self._entry_timeout_s(directory, positive=True))
 
@@ -574,10 +744,23 @@ class FileSystem:
         return await self._entered(directory, name, made.fh, made.attr, asked_at, cred)
 
     async def _create_exclusive(
-        self, directory: Inode, name: bytes, sattr: Sattr, cred: Credential
+        self, directory: Inode, name: bytes, sattr: Sattr, cred: Credential, request: Request
     ) -> nfs3.CreateResult:
-        """CREATE EXCLUSIVE, then the attributes: servers keep the verifier in the times (RFC 1813 §3.3.8)."""
-        made = await self._client.create_exclusive(cred, directory.fh, name, os.urandom(nfs3.CREATEVERFSIZE))
+        """CREATE EXCLUSIVE, then the attributes: servers keep the verifier in the times (RFC 1813 §3.3.8).
+
+        The verifier is the same when the request comes again. Where the attributes had been set by then, it is gone:
+        then an empty file of that name is ours, for in between nobody was told that it is there.
+        """
+        verifier = blake2b(b"%d %d" % (self._table.nonce, request.unique), digest_size=nfs3.CREATEVERFSIZE).digest()
+        try:
+            made = await self._client.create_exclusive(cred, directory.fh, name, verifier)
+        except NfsError as error:
+            if error.status != nfs3.NFS3ERR_EXIST or not request.again:
+                raise
+            found = await self._client.lookup(cred, directory.fh, name)
+            if found.attr is None or found.attr.type != nfs3.NF3REG or found.attr.size:
+                raise
+            made = nfs3.CreateResult(nfs3.NFS3_OK, found.fh, found.attr, nfs3.Wcc(None, found.dir_attr))
         fh = made.fh if made.fh is not None else (await self._client.lookup(cred, directory.fh, name)).fh
         if fh is None:
             raise OSError(errno.EIO, "CREATE without a file handle")
@@ -613,6 +796,12 @@ class FileSystem:
         if inode.open_file is None or not inode.open_file.extents:
             self.attributes.update(inode, attr, asked_at)
 
+    def _written(self, ino: int) -> int | None:
+        file = self._open[ino].open_file if ino in self._open else None
+        if file is None:
+            return 0
+        return None if file.extents else file.written
+
     def _forget_attributes(self, inode: Inode) -> None:
         """They changed by a call of ours that returned no new ones."""
         self.attributes.expire(inode)
@@ -627,33 +816,45 @@ class FileSystem:
             return  # the kernel has forgotten it
         self.prefetch.opened(directory, inode.name, cred)
 
-    def _check_kernel_size(self, inode: Inode) -> None:
+    def _check_kernel_size(self, inode: Inode, flags: int) -> None:
         """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.
 
-        An OPEN reply carries no attributes. ESTALE makes the kernel walk the path again with LOOKUPs, whose
-        replies do, and then open again; the program does not see it.
+        An OPEN reply carries no attributes. Who reads asks for them when they were dropped. Who appends does not: there
+        ESTALE makes the kernel walk the path again with LOOKUPs, whose replies have them, and then open again; the
+        program does not see it. The kernel does so once, so a file that changes all the time is let through.
         """
         attr, file = inode.attr, inode.open_file
         if attr is None or attr.type != nfs3.NF3REG or (file is not None and file.extents):
             return
         known, inode.kernel_size_bytes = inode.kernel_size_bytes, attr.size
-        if known is not None and known != attr.size:
-            if self.attributes.kernel is not None:
-                self.attributes.kernel.drop_attributes(inode.ino)
-            raise OSError(errno.ESTALE, "size changed on the server")
+        if known == attr.size:
+            return
+        if self.attributes.kernel is not None:
+            self.attributes.kernel.drop_attributes(inode.ino)
+        now = time.monotonic()
+        if flags & os.O_APPEND and now - inode.taught_at > TAUGHT_S:
+            inode.taught_at = now
+            raise OSError(errno.ESTALE, "size changed on the server, or was told by a daemon before us")
 
-    def _opened(self, inode: Inode, flags: int, cred: Credential) -> Opened:
-        attr, file = inode.attr, inode.open_file
-        if file is None:
-            file = inode.open_file = OpenFile(inode.ino, inode.fh)
-            self._open[inode.ino] = inode
-        file.handles += 1
-        number = self._number()
-        self._handles[number] = Handle(file, cred, flags)
+    def _opened(self, inode: Inode, flags: int, cred: Credential, request: Request | None) -> Opened:
+        """A new handle; without a request it is one that no other daemon needs to know."""
+        attr, file = inode.attr, self._file(inode)
+        number = self._table.add(request.unique, inode.ino, flags, cred) if request else self._table.number()
+        self._add_handle(Handle(number, file, cred, flags))
         now = version(attr) if attr is not None else None
         keep = inode.pages_version == now or bool(file.extents)
         inode.pages_version = now
         return Opened(number, keep, self._mode_of(inode) is Mode.STRICT)
+
+    def _file(self, inode: Inode) -> OpenFile:
+        if inode.open_file is None:
+            inode.open_file = OpenFile(inode.ino, inode.fh)
+            self._open[inode.ino] = inode
+        return inode.open_file
+
+    def _add_handle(self, handle: Handle) -> None:
+        self._handles[handle.number] = handle
+        handle.file.handles.append(handle)
 
     def handle_of(self, ino: int, cred: Credential) -> int:
         """A handle for all readers of a file that the kernel opens by itself, kept for a while."""
@@ -664,7 +865,7 @@ class FileSystem:
         inode = self._inodes.get(ino)
         if self.prefetch is not None:
             self._prefetch_beside(inode, cred)
-        number = self._standing[ino] = self._opened(inode, os.O_RDONLY, cred).handle
+        number = self._standing[ino] = self._opened(inode, os.O_RDONLY, cred, None).handle
         if len(self._standing) > MAX_STANDING:
             _, oldest = self._standing.popitem(last=False)
             handle = self._handles.pop(oldest)
@@ -679,20 +880,32 @@ class FileSystem:
         if number is not None:
             raise OSError(number, os.strerror(number))
 
-    async def _hide(self, directory: Inode, old_name: bytes, target: Inode, cred: Credential) -> None:
+    async def _hide(
+        self, directory: Inode, old_name: bytes, target: Inode, cred: Credential, request: Request
+    ) -> None:
         """Silly rename: an open file that loses its name gets one to be removed at last close."""
         file = target.open_file
-        assert file is not None
-        self._hidden += 1
-        name = b".nfs%016x%08x" % (target.attr.fileid if target.attr else target.ino, self._hidden)
+        if file is None:
+            return  # closed while the caller asked the server
+        name = _hidden_name(target, request)
+        # Noted first: a daemon that dies after the RENAME must leave the name to be removed.
+        self._inodes.hidden(target.ino, directory.ino, name)
         asked_at = time.monotonic()
-        result = await self._client.rename(cred, directory.fh, old_name, directory.fh, name)
+        try:
+            result = await self._client.rename(
+                cred, directory.fh, old_name, directory.fh, name, again=request.again
+            )
+        except SERVER_ERRORS:
+            self._inodes.unhidden(target.ino)
+            raise
         self.attributes.update_wcc(directory, result.from_wcc, asked_at)
         self._inodes.moved(directory.ino, old_name, directory.ino, name)
+        self._directories.changed(directory, old_name)
         if target.open_file is file:
             file.sillyname = (directory.ino, name)
         else:
             await self._remove_hidden(directory, name, cred)  # closed meanwhile
+            self._inodes.unhidden(target.ino)
 
     async def _unhide(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
         file = target.open_file
@@ -704,6 +917,7 @@ class FileSystem:
             log.error("file stays hidden as %r: errno %d", file.sillyname[1], errno_of(error))
             return
         self._inodes.moved(directory.ino, file.sillyname[1], directory.ino, name)
+        self._inodes.unhidden(target.ino)
         file.sillyname = None
 
     async def _remove_hidden(self, directory: Inode, name: bytes, cred: Credential) -> None:
@@ -711,31 +925,34 @@ class FileSystem:
         try:
             result = await self._client.remove(cred, directory.fh, name)
         except SERVER_ERRORS as error:
-            log.error("hidden file %r stays: errno %d", name, errno_of(error))
+            # NOENT: done by a daemon that died before it could say so.
+            if not isinstance(error, NfsError) or error.status != nfs3.NFS3ERR_NOENT:
+                log.error("hidden file %r stays: errno %d", name, errno_of(error))
             return
         self.attributes.update_wcc(directory, result.wcc, asked_at)
 
     async def _rename_to_free_name(
-        self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential
+        self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential, request: Request
     ) -> bool:
         """RENAME_NOREPLACE of a file as LINK and REMOVE, since NFSv3's RENAME replaces and LINK does not.
 
         False: not done, but the name is free (a directory, or a server without links): a plain RENAME may
         follow, with the small race that leaves. Raises EEXIST when the name is taken.
         """
+        source = await self._client.lookup(cred, old.fh, name)
         try:
-            await self._client.lookup(cred, new.fh, new_name)
+            taken = await self._client.lookup(cred, new.fh, new_name)
         except NfsError as error:
             if error.status != nfs3.NFS3ERR_NOENT:
                 raise
         else:
-            raise OSError(errno.EEXIST, "name is taken")
-        source = await self._client.lookup(cred, old.fh, name)
+            if not request.again or taken.fh != source.fh:
+                raise OSError(errno.EEXIST, "name is taken")
         if source.fh is None or source.attr is None or source.attr.type == nfs3.NF3DIR:
             return False
         asked_at = time.monotonic()
         try:
-            linked = await self._client.link(cred, source.fh, new.fh, new_name)
+            linked = await self._client.link(cred, source.fh, new.fh, new_name, again=request.again)
         except NfsError as error:
             if error.status in (nfs3.NFS3ERR_NOTSUPP, nfs3.NFS3ERR_MLINK, nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES):
                 return False
@@ -747,15 +964,31 @@ class FileSystem:
         return True
 
     def _renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes) -> None:
+        self._directories.changed(old, name)
+        self._directories.changed(new, new_name)
         moved = self._inodes.at(old.ino, name)
         if moved is not None:
             self._inodes.moved(old.ino, name, new.ino, new_name)
             self.attributes.expire(moved)  # its ctime changed
 
 
-def _must_hide(inode: Inode) -> bool:
+def _must_hide(inode: Inode, request: Request) -> bool:
     """Open here, and this may be the last name that keeps it alive on the server."""
-    return inode.open_file is not None and inode.open_file.sillyname is None
+    file = inode.open_file
+    if file is None:
+        return False
+    # A request that comes again may have noted the hidden name and got no further.
+    return file.sillyname is None or (request.again and file.sillyname[1] == _hidden_name(inode, request))
+
+
+def _hidden_name(inode: Inode, request: Request) -> bytes:
+    """The same when the request comes again."""
+    return b".nfs%016x%08x" % (inode.attr.fileid if inode.attr else inode.ino, request.unique >> 1 & 0xFFFFFFFF)
+
+
+def _found(parent: int, name: bytes, inode: Inode) -> Found:
+    assert inode.attr is not None
+    return Found(parent, name, inode.fh, inode.attr)
 
 
 _TYPE_OF_MODE = {
@@ -793,15 +1026,20 @@ def _by_servers_clock(sattr: Sattr) -> Sattr | None:
 async def open_filesystem(
     client: Client, options: FilesystemOptions, state_dir: Path, store: Store | None
 ) -> AsyncIterator[FileSystem]:
-    """The file system over `client`, its identities in `state_dir`, its blocks in `store`.
+    """The file system over `client`, what it must not forget in `state_dir`, its blocks in `store`.
 
-    Raises `errors.SERVER_ERRORS`.
+    What a daemon before us left there is taken over. Raises `errors.SERVER_ERRORS`, `handles.OtherVersion`.
     """
+    handles = Handles(state_dir)
     inodes = Inodes(state_dir, client.root_fh)
+    dirty = DirtyLog(state_dir / "dirty", options.most_dirty_bytes)
     try:
         async with open_nursery() as nursery:
-            fs = FileSystem(client, options, inodes, nursery, store)
-            await fs.attributes.revalidate(inodes.get(ROOT_INO), own_credential())
+            fs = FileSystem(client, options, inodes, handles, dirty, nursery, store)
+            fs.adopt()
+            if inodes.get(ROOT_INO).attr is None:
+                await fs.attributes.revalidate(inodes.get(ROOT_INO), own_credential())
+                inodes.note(inodes.get(ROOT_INO))
             nursery.start_soon(fs.writer.run)
             if store is not None:
                 nursery.start_soon(store.run)
@@ -809,3 +1047,4 @@ async def open_filesystem(
             nursery.cancel_scope.cancel()
     finally:
         inodes.close()
+        handles.close()

@@ -41,8 +41,10 @@ MAP_BYTES = 4 * 1024**3
 MAX_IN_MEMORY = 16_384
 OWN_NUMBERS = 1 << 62
 
-# nlookup, parent, generation, attributes fetched at, attribute timeout, length of fh, attributes known
-_RECORD = struct.Struct(">QQIddBB")
+# nlookup, parent, generation, attributes fetched at, attribute timeout, length of fh, attributes known, what wrote the
+# record, size in the kernel, whether the version of its pages is known, that version
+_RECORD = struct.Struct(">QQIddBBQq?Qqq")
+_SIZE_UNKNOWN = -1
 _FATTR_BYTES = 84
 _KEY = struct.Struct(">Q")
 # A directory: number of its listing, size, mtime and ctime as `attributes.version` has them, seen at (monotonic s).
@@ -57,7 +59,7 @@ class Inode:
 
     __slots__ = (
         "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "mode", "name", "nlookup", "open_file",
-        "pages_version", "parent", "timeout_s",
+        "pages_version", "parent", "taught_at", "timeout_s",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes, parent: int, name: bytes) -> None:
@@ -75,6 +77,8 @@ class Inode:
         # Of which version the kernel's pages are, and what size it believes in; None: not known.
         self.pages_version: tuple[int, int, int] | None = None
         self.kernel_size_bytes: int | None = None
+        # When the kernel was last made to look it up again (monotonic seconds).
+        self.taught_at = 0.0
         self.open_file: OpenFile | None = None
         # By which rule it is kept consistent, where rules go by path; None: not looked up since it got its name.
         self.mode: Mode | None = None
@@ -86,8 +90,7 @@ class Found(NamedTuple):
     parent: int
     name: bytes
     fh: bytes
-    fileid: int
-    fsid: int
+    attr: Fattr
 
 
 class Inodes:
@@ -98,13 +101,16 @@ class Inodes:
         path = directory / "inodes.lmdb"
         path.mkdir(mode=0o700, exist_ok=True)
         self._env = lmdb.open(
-            str(path), map_size=MAP_BYTES, max_dbs=6, sync=False, metasync=False, mode=0o600,
+            str(path), map_size=MAP_BYTES, max_dbs=7, sync=False, metasync=False, mode=0o600,
         )  # fmt: skip  # no writemap: when /dev/shm is full it ends in SIGBUS instead of an error
         _reserve(path / "data.mdb")
         self._by_ino = self._env.open_db(b"ino")
         self._by_fh = self._env.open_db(b"fh")
         self._by_name = self._env.open_db(b"name")
+        self._hidden = self._env.open_db(b"hidden")
         self.listings = Listings(self._env)
+        # Tells what this daemon wrote from what is older than what the kernel was told since.
+        self._writer = int.from_bytes(os.urandom(8), "big")
         self._inodes: dict[int, Inode] = {}
         with self._env.begin(db=self._by_ino) as txn:
             cursor = txn.cursor()
@@ -141,18 +147,18 @@ class Inodes:
     def _enter(self, found: Iterable[Found]) -> list[Inode]:
         inodes = []
         with self._env.begin(write=True) as txn:
-            for parent, name, fh, fileid, fsid in found:
+            for parent, name, fh, attr in found:
                 known = txn.get(fh, db=self._by_fh)
                 if known is not None:
                     inode = self.get(_KEY.unpack(known)[0], txn)
                     if inode.ino != ROOT_INO:
                         inode.parent, inode.name = parent, name
                 else:
-                    inode = self._new(txn, fh, parent, name, fileid, fsid)
+                    inode = self._new(txn, fh, parent, name, attr.fileid, attr.fsid)
                     txn.put(fh, _KEY.pack(inode.ino), db=self._by_fh)
                     self._remember(inode, txn)
                 inode.nlookup += 1
-                self._put(txn, inode)
+                self._put(txn, inode, attr)
                 txn.put(_KEY.pack(parent) + name, _KEY.pack(inode.ino), db=self._by_name)
                 inodes.append(inode)
         return inodes
@@ -187,6 +193,24 @@ class Inodes:
             txn.delete(_KEY.pack(parent) + name, db=self._by_name)
             txn.put(_KEY.pack(new_parent) + new_name, _KEY.pack(inode.ino), db=self._by_name)
             self._put(txn, inode)
+
+    def hidden(self, ino: int, parent: int, name: bytes) -> None:
+        """The file gets this name until its last close. Raises OSError (ENOSPC)."""
+        try:
+            with self._env.begin(write=True, db=self._hidden) as txn:
+                txn.put(_KEY.pack(ino), _KEY.pack(parent) + name)
+        except lmdb.Error:
+            raise OSError(errno.ENOSPC, "no room for a hidden name: /dev/shm is full") from None
+
+    def unhidden(self, ino: int) -> None:
+        with self._done_already() as txn:
+            txn.delete(_KEY.pack(ino), db=self._hidden)
+
+    def hidden_name(self, ino: int) -> tuple[int, bytes] | None:
+        """Directory and name under which the file is hidden."""
+        with self._env.begin(db=self._hidden) as txn:
+            found = txn.get(_KEY.pack(ino))
+        return (_KEY.unpack_from(found)[0], bytes(found[_KEY.size :])) if found is not None else None
 
     def removed(self, parent: int, name: bytes) -> None:
         """The name is gone; its file may live on under other names or handles."""
@@ -263,29 +287,45 @@ class Inodes:
                         self._put(txn, old)
         self._inodes[inode.ino] = inode
 
-    def _put(self, txn: lmdb.Transaction, inode: Inode) -> None:
-        known = inode.attr is not None
+    def note(self, inode: Inode) -> None:
+        """Write down what is known of it, for a daemon that starts while the server is away."""
+        with self._done_already() as txn:
+            self._put(txn, inode)
+
+    def _put(self, txn: lmdb.Transaction, inode: Inode, newer: Fattr | None = None) -> None:
+        """`newer`: attributes that came just now, and that the inode will take over."""
+        attr = newer if newer is not None else inode.attr
+        size = inode.kernel_size_bytes if inode.kernel_size_bytes is not None else _SIZE_UNKNOWN
         head = _RECORD.pack(
-            inode.nlookup, inode.parent, inode.generation, inode.attr_at, inode.timeout_s, len(inode.fh), known
-        )
-        attr = nfs3.pack_fattr(inode.attr) if inode.attr is not None else b""
-        txn.put(_KEY.pack(inode.ino), head + inode.fh + attr + inode.name, db=self._by_ino)
+            inode.nlookup, inode.parent, inode.generation, inode.attr_at, inode.timeout_s, len(inode.fh),
+            attr is not None,
+            self._writer, size, inode.pages_version is not None, *(inode.pages_version or (0, 0, 0)),
+        )  # fmt: skip
+        packed = nfs3.pack_fattr(attr) if attr is not None else b""
+        txn.put(_KEY.pack(inode.ino), head + inode.fh + packed + inode.name, db=self._by_ino)
 
     def _load(self, ino: int) -> Inode | None:
         with self._env.begin(db=self._by_ino) as txn:
             record = txn.get(_KEY.pack(ino))
         if record is None:
             return None
-        nlookup, parent, generation, attr_at, timeout_s, fh_bytes, known = _RECORD.unpack_from(record)
+        nlookup, parent, generation, attr_at, timeout_s, fh_bytes, known, writer, size, has_pages, *pages = (
+            _RECORD.unpack_from(record)
+        )
         fh_end = _RECORD.size + fh_bytes
         name_at = fh_end + (_FATTR_BYTES if known else 0)
         inode = Inode(ino, record[_RECORD.size : fh_end], parent, record[name_at:])
         inode.nlookup = nlookup
         inode.generation = generation
+        if writer == self._writer and size != _SIZE_UNKNOWN:
+            inode.kernel_size_bytes = size
+        if has_pages:
+            inode.pages_version = (pages[0], pages[1], pages[2])
         if known:
             inode.attr = nfs3.unpack_fattr(record, fh_end)
             inode.attr_at = attr_at
-            inode.timeout_s = timeout_s
+            # Another daemon may have learned more since it wrote this: they are asked for before they are believed.
+            inode.timeout_s = timeout_s if writer == self._writer else 0.0
         return inode
 
 
@@ -345,6 +385,14 @@ class Listings:
             txn.put(b"d" + fh, _DIRECTORY.pack(number, *version, seen_at))
         return _DIRECTORY.unpack(old)[0] if old is not None else None
 
+    def forget(self, fh: bytes) -> int | None:
+        """The listing of this directory counts no more. Returns its number, if there was one."""
+        if self.directory(fh) is None:
+            return None
+        with _room(), self._env.begin(write=True, db=self._directories) as txn:
+            old = txn.pop(b"d" + fh)
+        return int(_DIRECTORY.unpack(old)[0]) if old is not None else None
+
     def directory(self, fh: bytes) -> Directory | None:
         with self._env.begin(db=self._directories) as txn:
             found = txn.get(b"d" + fh)
@@ -352,6 +400,14 @@ class Listings:
             return None
         number, size, mtime_ns, ctime_ns, seen_at = _DIRECTORY.unpack(found)
         return Directory(number, (size, mtime_ns, ctime_ns), seen_at)
+
+    def blur(self, number: int, name: bytes) -> None:
+        """Of this name only that it is there holds still."""
+        with _room(), self._env.begin(write=True, db=self._names) as txn:
+            found = txn.get(_KEY.pack(number) + name)
+            if found is not None:
+                place, cookie, fileid, _, _ = _NAME.unpack_from(found)
+                txn.put(_KEY.pack(number) + name, _NAME.pack(place, cookie, fileid, 0, False))
 
     def find(self, number: int, name: bytes) -> DirEntryPlus | None:
         with self._env.begin(db=self._names) as txn:

@@ -8,9 +8,9 @@ import enum
 import trio
 
 from efcfs.cache.store import CachedFile
-from efcfs.nfs.link import Buffer
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
+from efcfs.vfs.dirtylog import Record
 
 
 class ExtentState(enum.Enum):
@@ -20,19 +20,36 @@ class ExtentState(enum.Enum):
     DONE = enum.auto()  # committed, or given up with an error
 
 
+class Piece:
+    """A part of a record of the dirty log."""
+
+    __slots__ = ("end", "record", "start")
+
+    def __init__(self, record: Record, start: int, end: int) -> None:
+        self.record = record
+        self.start = start
+        self.end = end
+
+    @property
+    def bytes(self) -> memoryview:
+        return self.record.bytes(self.start, self.end)
+
+
 class Extent:
     """Bytes written by programs that are not yet safe on the server. Never changes place or order."""
 
-    __slots__ = ("buffers", "cred", "length_bytes", "offset", "state", "verifier", "written_at")
+    __slots__ = ("cred", "length_bytes", "offset", "pieces", "stable", "state", "verifier", "written_at")
 
-    def __init__(self, offset: int, data: memoryview, cred: Credential, written_at: float) -> None:
+    def __init__(self, offset: int, piece: Piece, cred: Credential, written_at: float) -> None:
         self.offset = offset
-        self.buffers: list[Buffer] = [data]
-        self.length_bytes = len(data)
+        self.pieces = [piece]
+        self.length_bytes = piece.end - piece.start
         self.cred = cred
         self.written_at = written_at
         self.state = ExtentState.DIRTY
         self.verifier = b""
+        # Whether its WRITE shall be committed by the server before it answers.
+        self.stable = False
 
     @property
     def end(self) -> int:
@@ -43,24 +60,26 @@ class Extent:
 
 
 class OpenFile:
-    """An inode with at least one handle. `extents` are in the order in which they were written."""
+    """An inode that has handles, or is about to. `extents` are in the order in which they were written."""
 
     __slots__ = (
-        "cached", "changed", "committing", "extents", "fh", "handles", "ino", "sillyname", "write_errors",
+        "cached", "changed", "committing", "extents", "fh", "handles", "ino", "opening", "sillyname", "written",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes) -> None:
         self.ino = ino
         self.fh = fh
-        self.handles = 0
+        self.handles: list[Handle] = []
+        # How many open(2) are under way.
+        self.opening = 0
         self.extents: list[Extent] = []
         # Woken whenever an extent changes its state.
         self.changed = trio.lowlevel.ParkingLot()
         self.committing = False
+        # How many writes there were: bytes that were fetched while it changed may be of before or after.
+        self.written = 0
         # The cache's file of the version that these attributes tell.
         self.cached: tuple[Fattr, CachedFile | None] | None = None
-        # Failed writes, oldest first; each handle reports those that came after it looked last.
-        self.write_errors: list[int] = []
         # (parent's node id, name) to remove at last close.
         self.sillyname: tuple[int, bytes] | None = None
 
@@ -88,13 +107,17 @@ class Stream:
 class Handle:
     """One open(2). Remembers who opened it: readahead and write-behind act in that name."""
 
-    __slots__ = ("closed", "cred", "errors_seen", "file", "flags", "last_offset", "streams", "stride", "stride_hits")
+    __slots__ = (
+        "closed", "cred", "error", "file", "flags", "last_offset", "number", "streams", "stride", "stride_hits",
+    )  # fmt: skip
 
-    def __init__(self, file: OpenFile, cred: Credential, flags: int) -> None:
+    def __init__(self, number: int, file: OpenFile, cred: Credential, flags: int, error: int = 0) -> None:
+        self.number = number
         self.file = file
         self.cred = cred
         self.flags = flags
-        self.errors_seen = len(file.write_errors)
+        # The errno of a write that failed since this handle last told one.
+        self.error = error
         self.closed = False
         # The streams of its reads, the last used first.
         self.streams: list[Stream] = []

@@ -62,6 +62,12 @@ class Learn(Protocol):
     def __call__(self, ino: int, attr: Fattr, asked_at: float) -> None: ...
 
 
+class Written(Protocol):
+    """How many writes of ours there were to a file that is open; None: some of them are not on the server yet."""
+
+    def __call__(self, ino: int) -> int | None: ...
+
+
 def fetch_from(client: Client) -> FetchFrom:
     """Fetch from the server, in READs of at most rsize, all sent at once."""
 
@@ -102,12 +108,14 @@ class Reader:
     """All reads of one mount. Readahead runs in `nursery`; without a store there is none."""
 
     def __init__(
-        self, fetch: FetchFrom, store: Store | None, server: bytes, learn: Learn, nursery: trio.Nursery
-    ) -> None:
+        self, fetch: FetchFrom, store: Store | None, server: bytes, learn: Learn, written: Written,
+        nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
         self._fetch = fetch
         self._store = store
         self._server = server
         self._learn = learn
+        self._written = written
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._ahead = trio.CapacityLimiter(MAX_AHEAD)
@@ -182,6 +190,11 @@ class Reader:
             return None
         return self._store.file(self.identity(fh), *version(attr))
 
+    async def forget(self, fh: bytes, attr: Fattr) -> None:
+        """Drop what is cached of this version."""
+        if self._store is not None:
+            await trio.to_thread.run_sync(self._store.evict_file, self.identity(fh), *version(attr))
+
     def has(self, fh: bytes, attr: Fattr) -> bool:
         """Whether all of this version is in memory."""
         return self._store is not None and self._store.has(self.identity(fh), *version(attr))
@@ -234,9 +247,10 @@ class Reader:
             chunks = store.missing(file, number, offset, extent_end) or chunks
 
         async def fetch(at: int, target: memoryview) -> bool:
-            asked_at = time.monotonic()
+            asked_at, written = time.monotonic(), self._written(ino)
             fetched = await self._fetch(cred, fh, at, target)
-            if fetched.attr is None:
+            # With a write of ours beside it, attributes of after may have come with bytes of before.
+            if fetched.attr is None or written is None or self._written(ino) != written:
                 return False
             self._learn(ino, fetched.attr, asked_at)
             same_version = file_key(self.identity(fh), *version(fetched.attr)) == file.key

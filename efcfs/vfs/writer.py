@@ -1,6 +1,7 @@
 """The write path: write-behind, COMMIT, and what happens when the server restarts in between.
 
-A write is an extent: appended to the one before it where it continues that, otherwise a new one. Extents
+What programs write is kept in the dirty log (`dirtylog.py`) before write(2) returns, so it outlives this daemon. A
+write is an extent: appended to the one before it where it continues that, otherwise a new one. Extents
 go out as pipelined UNSTABLE WRITEs over all links and are kept until a COMMIT returns the verifier that
 their WRITEs returned (RFC 1813 §3.3.7, §3.3.21); another verifier means that the server may have lost them:
 they are sent again. Extents may overlap; they keep the order in which they were written, and an extent is
@@ -8,46 +9,71 @@ sent only when no earlier one below it is still under way. Failed writes are rep
 close of each handle, once, as the kernel client does.
 """
 
+import contextlib
 import ctypes
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import trio
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client
-from efcfs.nfs.link import Buffer
+from efcfs.nfs.link import FilePart, Payload
 from efcfs.nfs.nfs3 import Fattr
-from efcfs.vfs.attributes import Attributes
+from efcfs.nfs.rpc import Credential
+from efcfs.vfs.attributes import Attributes, version
+from efcfs.vfs.dirtylog import DirtyLog, Record
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
+from efcfs.vfs.handles import Handles
 from efcfs.vfs.inodes import Inodes
-from efcfs.vfs.openfile import Extent, ExtentState, Handle, OpenFile
+from efcfs.vfs.openfile import Extent, ExtentState, Handle, OpenFile, Piece
 
 log = logging.getLogger(__name__)
 
 DIRTY, SENDING, UNSTABLE, DONE = ExtentState
 _libc = ctypes.CDLL(None)
 
-# Bytes that are not safe on the server, all files together; more makes write(2) wait.
-MAX_DIRTY_BYTES = 128 * 1024 * 1024
 # So much of one file unstable starts a COMMIT beside the writing.
 COMMIT_BYTES = 32 * 1024 * 1024
 # More extents than this in one file are sent and committed, so that looking for overlaps stays short.
 MAX_EXTENTS = 256
 MAX_WRITES_IN_FLIGHT = 32
-# A small tail waits so long for more bytes.
+# So much is sent from the log's pages; for less, copying is cheaper than another system call.
+SENT_FROM_FILE_BYTES = 64 * 1024
+# A small tail waits so long for more bytes, and a COMMIT for more WRITEs when nobody asks for it.
 TAIL_S = 1.0
+COMMIT_S = 5.0
+
+
+class ForgetCached(Protocol):
+    """Drop what is cached of this version of the file."""
+
+    async def __call__(self, fh: bytes, attr: Fattr) -> None: ...
 
 
 class Writer:
     """All writes of one mount; `run` must be running."""
 
-    def __init__(self, client: Client, attributes: Attributes, inodes: Inodes, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, client: Client, attributes: Attributes, inodes: Inodes, handles: Handles, dirty: DirtyLog,
+        most_bytes: int, forget_cached: ForgetCached, nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
         self.dirty_bytes = 0
+        # Counts what made tasks ready to run (`fuse/wire.py` asks).
+        self.started = 0
         self._client = client
         self._attributes = attributes
         self._inodes = inodes
+        self._handles = handles
+        self._log = dirty
+        # Bytes that are not safe on the server, all files together; more makes write(2) wait.
+        self._most_bytes = most_bytes
+        self._forget_cached = forget_cached
+        self._log_runs_low = trio.Event()
+        # While another daemon takes over, nothing new is sent.
+        self._paused = False
         self._nursery = nursery
         self._writes = trio.CapacityLimiter(MAX_WRITES_IN_FLIGHT)
         self._room = trio.lowlevel.ParkingLot()
@@ -55,50 +81,128 @@ class Writer:
 
     async def run(self) -> None:
         """Send tails that nobody continues and give memory back after work, until cancelled."""
+        self._nursery.start_soon(self._prepare_log)
         trimmed = True
         while True:
             await trio.sleep(TAIL_S)
             if self.dirty_bytes:
                 trimmed = False
             elif not trimmed:
+                self._log.shrink()
                 await trio.to_thread.run_sync(_libc.malloc_trim, 0)  # the keeper tells malloc to keep what is freed
                 trimmed = True
-            before = time.monotonic() - TAIL_S
+            now = time.monotonic()
             for file in list(self._dirty_files.values()):
-                self._send_ready(file, written_before=before)
+                self._send_ready(file, written_before=now - TAIL_S)
+                if file.extents[-1].written_at < now - COMMIT_S:
+                    self._commit_soon(file)
+
+    async def _prepare_log(self) -> None:
+        while True:
+            await self._log_runs_low.wait()
+            self._log_runs_low = trio.Event()
+            if self._log.runs_low:
+                await trio.to_thread.run_sync(self._log.prepare)
+
+    async def pause(self) -> None:
+        """Send nothing more; returns when nothing is in flight. What is dirty stays in the log."""
+        self._paused = True
+        for file in list(self._dirty_files.values()):
+            while file.committing or any(e.state is SENDING for e in file.extents):
+                await file.changed.park()
+
+    def resume(self) -> None:
+        self._paused = False
+        for file in list(self._dirty_files.values()):
+            self._send_ready(file)
 
     def has_room(self, length_bytes: int) -> bool:
-        return not self.dirty_bytes or self.dirty_bytes + length_bytes <= MAX_DIRTY_BYTES
+        return not self.dirty_bytes or self.dirty_bytes + length_bytes <= self._most_bytes
 
     async def room(self, length_bytes: int) -> None:
         """Wait until so much more may be dirty."""
         while not self.has_room(length_bytes):
-            for file in list(self._dirty_files.values()):
-                self._send_ready(file)
-                self._commit_soon(file)
+            self._hurry()
             await self._room.park()
 
-    def take(self, handle: Handle, offset: int, data: memoryview) -> None:
-        """Keep the bytes; they are on their way to the server afterwards, not there."""
+    def _hurry(self) -> None:
+        for file in list(self._dirty_files.values()):
+            self._send_ready(file)
+            self._commit_soon(file)
+
+    def take(self, handle: Handle, offset: int, data: memoryview) -> bool:
+        """Keep the bytes; they are on their way to the server afterwards, not there. False: the log has no room."""
         file = handle.file
-        self.dirty_bytes += len(data)
-        self._dirty_files[file.ino] = file
+        wsize = self._client.wsize
         tail = file.extents[-1] if file.extents else None
         if (
-            tail is not None and tail.state is DIRTY and tail.end == offset and tail.cred == handle.cred
-            and tail.length_bytes + len(data) <= self._client.wsize
+            tail is not None and (tail.state is not DIRTY or tail.end != offset or tail.cred != handle.cred
+            or tail.length_bytes + len(data) > wsize)
         ):  # fmt: skip
-            tail.buffers.append(data)
+            tail = None
+        last = tail.pieces[-1] if tail is not None else None
+        record = self._log.keep(handle.number, offset, data, last.record if last is not None else None)
+        if record is None:
+            return False
+        if self._log.runs_low:
+            self.started += 1
+            self._log_runs_low.set()
+        self.dirty_bytes += len(data)
+        file.written += 1
+        self._dirty_files[file.ino] = file
+        if tail is not None and last is not None:
+            if last.record is record:
+                last.end += len(data)
+            else:
+                tail.pieces.append(Piece(record, 0, len(data)))
             tail.length_bytes += len(data)
-            if tail.length_bytes == self._client.wsize:
+            if tail.length_bytes == wsize:
                 self._send_ready(file)
-            return
-        for start in range(0, len(data), self._client.wsize):
-            piece = data if len(data) <= self._client.wsize else data[start : start + self._client.wsize]
-            file.extents.append(Extent(offset + start, piece, handle.cred, time.monotonic()))
-        self._send_ready(file, but_tail=file.extents[-1].length_bytes < self._client.wsize)
+            return True
+        self._add(file, record, offset, handle.cred)
+        self._send_ready(file, but_tail=file.extents[-1].length_bytes < wsize)
         if len(file.extents) > MAX_EXTENTS:
             self._commit_soon(file)
+        return True
+
+    async def take_later(self, handle: Handle, offset: int, data: memoryview) -> None:
+        """As `take`, after waiting for room. Without memory for the log, the server has the bytes afterwards.
+
+        Raises then what a WRITE raises.
+        """
+        await self.room(len(data))
+        while not self.take(handle, offset, data):
+            if not self.dirty_bytes:
+                await self._write_through(handle, offset, data)
+                return
+            self._hurry()
+            await self._room.park()
+
+    async def _write_through(self, handle: Handle, offset: int, data: memoryview) -> None:
+        file = handle.file
+        await self.sync(file)
+        for start in range(0, len(data), self._client.wsize):
+            piece = data[start : start + self._client.wsize]
+            while piece:
+                asked_at = time.monotonic()
+                result = await self._client.write(
+                    handle.cred, file.fh, offset, [piece], len(piece), nfs3.FILE_SYNC
+                )
+                offset += result.count
+                piece = piece[result.count :]
+                self._take_over(file, result.wcc.after, asked_at, offset)
+
+    def take_left(self, handle: Handle, offset: int, record: Record) -> None:
+        """What a daemon before us kept and did not bring to the server's disk."""
+        self.dirty_bytes += record.length_bytes
+        self._dirty_files[handle.file.ino] = handle.file
+        self._add(handle.file, record, offset, handle.cred)
+
+    def _add(self, file: OpenFile, record: Record, offset: int, cred: Credential) -> None:
+        now = time.monotonic()
+        for start in range(0, record.length_bytes, self._client.wsize):
+            piece = Piece(record, start, min(start + self._client.wsize, record.length_bytes))
+            file.extents.append(Extent(offset + start, piece, cred, now))
 
     async def flush(self, file: OpenFile) -> None:
         """Wait until the server has all that was written before this call (unstably). Never raises."""
@@ -110,6 +214,8 @@ class Writer:
     async def sync(self, file: OpenFile) -> None:
         """Wait until all that was written before this call is committed, or has failed. Never raises."""
         waiting = list(file.extents)
+        if len(waiting) == 1 and waiting[0].state is DIRTY:
+            waiting[0].stable = True  # one WRITE that is stable at once, instead of a WRITE and a COMMIT
         while waiting:
             await self.flush(file)
             await self._commit(file)
@@ -117,9 +223,22 @@ class Writer:
 
     def new_error(self, handle: Handle) -> int | None:
         """The errno of a write that failed since this handle last asked."""
-        errors, seen = handle.file.write_errors, handle.errors_seen
-        handle.errors_seen = len(errors)
-        return errors[seen] if seen < len(errors) else None
+        error, handle.error = handle.error, 0
+        if error:
+            self._handles.set_error(handle.number, 0)
+        return error or None
+
+    @contextlib.contextmanager
+    def holding(self, extents: Iterable[Extent]) -> Iterator[None]:
+        """Meanwhile their bytes stay what they are, even when they are done."""
+        records = [piece.record for extent in extents for piece in extent.pieces]
+        for record in records:
+            self._log.hold(record)
+        try:
+            yield
+        finally:
+            for record in records:
+                self._log.release(record)
 
     @staticmethod
     def overlay(extents: Iterable[Extent], offset: int, target: memoryview) -> None:
@@ -129,11 +248,12 @@ class Writer:
             if not extent.overlaps(offset, end):
                 continue
             at = extent.offset
-            for buffer in extent.buffers:
-                low, high = max(at, offset), min(at + len(buffer), end)
+            for piece in extent.pieces:
+                length = piece.end - piece.start
+                low, high = max(at, offset), min(at + length, end)
                 if low < high:
-                    target[low - offset : high - offset] = memoryview(buffer)[low - at : high - at]
-                at += len(buffer)
+                    target[low - offset : high - offset] = piece.bytes[low - at : high - at]
+                at += length
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -141,6 +261,8 @@ class Writer:
         self, file: OpenFile, *, but_tail: bool = False, written_before: float = float("inf")
     ) -> None:
         """Start a WRITE for each dirty extent, unless one that it overlaps must go first or is in flight."""
+        if self._paused:
+            return
         sending = [e for e in file.extents if e.state is SENDING]
         held: list[Extent] = []
         for extent in file.extents[:-1] if but_tail else file.extents:
@@ -151,20 +273,29 @@ class Writer:
                 held.append(extent)
                 continue
             extent.state = SENDING
+            self.started += 1
             sending.append(extent)
             self._nursery.start_soon(self._send, file, extent)
 
     async def _send(self, file: OpenFile, extent: Extent) -> None:
         async with self._writes:
-            buffers, offset, left = extent.buffers, extent.offset, extent.length_bytes
+            buffers: list[Payload] = [_payload(piece) for piece in extent.pieces]
+            offset, left = extent.offset, extent.length_bytes
+            stable = nfs3.FILE_SYNC if extent.stable else nfs3.UNSTABLE
             try:
                 while left:
-                    asked_at = time.monotonic()
-                    result = await self._client.write(extent.cred, file.fh, offset, buffers, left)
+                    before, asked_at = self._inodes.get(file.ino).attr, time.monotonic()
+                    result = await self._client.write(extent.cred, file.fh, offset, buffers, left, stable)
                     buffers = _after(buffers, result.count)
                     offset += result.count
                     left -= result.count
-                    self._take_over(file, result.wcc.after, asked_at, offset)
+                    after = result.wcc.after
+                    if before is not None and after is not None and version(after) == version(before):
+                        # Other bytes, the same version: the server's clock is coarse, or these attributes are old.
+                        await self._forget_cached(file.fh, after)
+                        self._attributes.expire(self._inodes.get(file.ino))
+                    else:
+                        self._take_over(file, after, asked_at, offset)
             except SERVER_ERRORS as error:
                 self._failed(file, [extent], error)
                 return
@@ -186,11 +317,12 @@ class Writer:
         file.changed.unpark_all()
         # Short of room even little is worth a COMMIT: many files, each below the limit, would wait for each other.
         unstable_bytes = sum(e.length_bytes for e in file.extents if e.state is UNSTABLE)
-        if unstable_bytes >= COMMIT_BYTES or self.dirty_bytes > MAX_DIRTY_BYTES // 2:
+        if unstable_bytes >= COMMIT_BYTES or self.dirty_bytes > self._most_bytes // 2:
             self._commit_soon(file)
 
     def _commit_soon(self, file: OpenFile) -> None:
-        if not file.committing and any(e.state is UNSTABLE for e in file.extents):
+        if not self._paused and not file.committing and any(e.state is UNSTABLE for e in file.extents):
+            self.started += 1
             self._nursery.start_soon(self._commit, file)
 
     async def _commit(self, file: OpenFile) -> None:
@@ -229,6 +361,8 @@ class Writer:
         for extent in extents:
             extent.state = DONE
             self.dirty_bytes -= extent.length_bytes
+            for piece in extent.pieces:
+                self._log.done(piece.record, piece.end - piece.start)
         file.extents = [e for e in file.extents if e.state is not DONE]
         if not file.extents:
             self._dirty_files.pop(file.ino, None)
@@ -238,7 +372,10 @@ class Writer:
     def _failed(self, file: OpenFile, extents: list[Extent], error: Exception) -> None:
         number = errno_of(error)
         log.error("write of inode %d failed: %s", file.ino, error)
-        file.write_errors.append(number)
+        for handle in file.handles:
+            if not handle.error:
+                handle.error = number
+                self._handles.set_error(handle.number, number)
         self._done(file, extents)
 
     def _take_over(self, file: OpenFile, attr: Fattr | None, asked_at: float, written_end: int = 0) -> None:
@@ -250,13 +387,24 @@ class Writer:
             self._attributes.update(inode, attr, asked_at, own=True)
 
 
-def _after(buffers: list[Buffer], skip_bytes: int) -> list[Buffer]:
+def _payload(piece: Piece) -> Payload:
+    length = piece.end - piece.start
+    if length < SENT_FROM_FILE_BYTES:
+        return piece.bytes
+    record = piece.record
+    return FilePart(record.segment.fd, record.data_at + piece.start, length)
+
+
+def _after(buffers: list[Payload], skip_bytes: int) -> list[Payload]:
     """What remains of `buffers` when the first `skip_bytes` are written."""
-    rest: list[Buffer] = []
+    rest: list[Payload] = []
     for buffer in buffers:
-        if skip_bytes >= len(buffer):
-            skip_bytes -= len(buffer)
+        length = buffer.length_bytes if isinstance(buffer, FilePart) else len(buffer)
+        if skip_bytes >= length:
+            skip_bytes -= length
         else:
-            rest.append(memoryview(buffer)[skip_bytes:])
+            rest.append(
+                buffer.after(skip_bytes) if isinstance(buffer, FilePart) else memoryview(buffer)[skip_bytes:]
+            )
             skip_bytes = 0
     return rest

@@ -1,0 +1,254 @@
+"""A daemon that is killed is replaced, and what programs had open, had written and had asked for is still so."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bed import Ganesha, Mount, Proxy, is_mounted
+from tests.place import Place, small_tmpfs, wait_until
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def own(server: Ganesha, tmp_path: Path) -> Iterator[Mount]:
+    mount = Mount(server, tmp_path / "mnt")
+    mount.daemon_may_die = True
+    with mount:
+        yield mount
+
+
+def kill_daemon(mount: Mount) -> None:
+    """Returns when another one serves."""
+    before = mount.status()
+    pid = before["daemon_pid"]
+    assert isinstance(pid, int)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: mount.status().get("daemon_pid", pid) != pid, 20)
+    after = mount.status()
+    assert after["failovers"] == int(str(before["failovers"])) + 1 and after["last_exit"] == "signal SIGKILL"
+
+
+def in_a_process(program: str, *arguments: str) -> subprocess.Popen[str]:
+    """Python in a process of its own: the test's must have no file open that its children would close."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_open_files_and_directories_go_on(own: Mount, export: Path) -> None:
+    here = Place.of(own, export).here
+    (here / "old").write_bytes(b"0123456789")
+    for i in range(500):
+        (export / f"f{i:03}").touch()
+    old = os.open(here / "old", os.O_RDWR)
+    fresh = os.open(here / "fresh", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    log = os.open(here / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(log, b"one\n")
+    with os.scandir(here) as listing:
+        names = {next(listing).name}
+        kill_daemon(own)
+        names |= {entry.name for entry in listing}
+    assert names == {"old", "fresh", "log", *(f"f{i:03}" for i in range(500))}
+    assert os.pread(old, 4, 3) == b"3456"
+    os.pwrite(old, b"xy", 3)
+    os.write(fresh, b"new")
+    os.write(log, b"two\n")
+    kill_daemon(own)
+    os.write(log, b"three\n")
+    for fd in (old, fresh, log):
+        os.close(fd)
+    assert (export / "old").read_bytes() == b"012xy56789"
+    assert (export / "fresh").read_bytes() == b"new"
+    assert (export / "log").read_bytes() == b"one\ntwo\nthree\n"
+    assert own.status()["open_handles"] == 0
+
+
+def test_a_removed_file_stays_readable_and_its_hidden_name_goes_at_last_close(own: Mount, export: Path) -> None:
+    here = Place.of(own, export).here
+    (here / "file").write_bytes(b"still here")
+    (here / "target").write_bytes(b"replaced")
+    fds = [os.open(here / "file", os.O_RDONLY), os.open(here / "target", os.O_RDONLY)]
+    os.unlink(here / "file")
+    (here / "draft").write_bytes(b"new")
+    os.rename(here / "draft", here / "target")
+    kill_daemon(own)
+    os.posix_fadvise(fds[0], 0, 0, os.POSIX_FADV_DONTNEED)
+    assert [os.pread(fd, 100, 0) for fd in fds] == [b"still here", b"replaced"]
+    assert [os.fstat(fd).st_nlink for fd in fds] == [0, 0]
+    for fd in fds:
+        os.close(fd)
+    wait_until(lambda: [path.name for path in export.iterdir()] == ["target"])
+    assert (export / "target").read_bytes() == b"new"
+
+
+def test_bytes_that_were_acknowledged_arrive_without_a_call_more(own: Mount, export: Path) -> None:
+    here = Place.of(own, export).here
+    # Not the test's own handles: nothing flushes or closes them.
+    program = "import os, sys\n" \
+        "fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)\n" \
+        "for i in range(300): os.pwrite(fd, bytes([i % 251]) * 5000, i * 4000)\n" \
+        "print('written', flush=True); sys.stdin.read()\n"  # fmt: skip
+    with in_a_process(program, str(here / "file")) as process:
+        assert process.stdout is not None and process.stdout.readline() == "written\n"
+        kill_daemon(own)
+        expected = bytearray()
+        for i in range(300):
+            expected[i * 4000 :] = bytes([i % 251]) * 5000
+        wait_until(lambda: (export / "file").read_bytes() == expected)
+        process.communicate("")
+
+
+def test_what_was_fsynced_is_on_the_server_when_daemon_keeper_and_mount_are_gone(
+    server: Ganesha, export: Path, tmp_path: Path
+) -> None:
+    mount = Mount(server, tmp_path / "mnt")
+    mount.daemon_may_die = True
+    with mount:
+        status, data = mount.status(), os.urandom(3 * MIB + 17)
+        fd = os.open(mount.path / export.name / "file", os.O_WRONLY | os.O_CREAT)
+        os.write(fd, data)
+        os.fsync(fd)
+        os.kill(int(str(status["keeper_pid"])), signal.SIGKILL)
+        os.kill(int(str(status["daemon_pid"])), signal.SIGKILL)
+        subprocess.run(["umount", "-l", mount.path], check=True)
+        server.kill()
+        assert (export / "file").read_bytes() == data
+        with pytest.raises(OSError):
+            os.close(fd)
+        server.start()
+
+
+FAILING_WRITER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+os.write(fd, os.urandom(8 << 20))
+print("written", flush=True)
+sys.stdin.readline()
+for call in (os.fsync, os.fsync, os.close):
+    try:
+        call(fd)
+        print(0)
+    except OSError as error:
+        print(error.errno)
+"""
+
+
+def test_a_failed_write_is_reported_once_by_the_next_daemon(tmp_path: Path) -> None:
+    small = tmp_path / "exported"
+    small_tmpfs(small, 4 * MIB)
+    try:
+        with Ganesha(tmp_path) as server:
+            mount = Mount(server, tmp_path / "mnt")
+            mount.daemon_may_die = True
+            with mount:
+                with in_a_process(FAILING_WRITER, str(mount.path / "file")) as process:
+                    assert process.stdin is not None and process.stdout is not None
+                    assert process.stdout.readline() == "written\n"
+                    wait_until(lambda: mount.status()["dirty_bytes"] == 0)
+                    kill_daemon(mount)
+                    told, _ = process.communicate("\n")
+                assert told.split() == [str(errno.ENOSPC), "0", "0"]
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def names_changed_by(here: Path) -> list[Callable[[], object]]:
+    """Calls that must not be done twice, nor fail because they were."""
+    return [
+        lambda: os.mkdir(here / "made"), lambda: os.rmdir(here / "gone.d"), lambda: os.unlink(here / "gone"),
+        lambda: os.rename(here / "from", here / "to"), lambda: os.symlink("target", here / "symlink"),
+        lambda: os.link(here / "linked", here / "link"), lambda: os.mkfifo(here / "fifo"),
+        lambda: os.close(os.open(here / "created", os.O_WRONLY | os.O_CREAT | os.O_EXCL)),
+        lambda: os.truncate(here / "cut", 3), lambda: os.chmod(here / "linked", 0o600),
+    ]  # fmt: skip
+
+
+def test_calls_whose_answer_died_with_the_daemon_succeed(server: Ganesha, export: Path, tmp_path: Path) -> None:
+    """The server executes them, its answers are held back, the daemon dies, the kernel asks the next one again."""
+    (export / "gone.d").mkdir()
+    for name in ("gone", "from", "linked", "cut"):
+        (export / name).write_bytes(b"12345")
+    with Proxy(server.port) as proxy:
+        mount = Mount(server, tmp_path / "mnt", "nconnect=1", port=proxy.port)
+        mount.daemon_may_die = True
+        with mount:
+            here = mount.path / export.name
+            for path in export.iterdir():
+                os.stat(here / path.name)
+            errors: list[OSError] = []
+
+            def run(call: Callable[[], object]) -> None:
+                try:
+                    call()
+                except OSError as error:
+                    errors.append(error)
+
+            threads = [threading.Thread(target=run, args=(call,)) for call in names_changed_by(here)]
+            proxy.hold_answers()
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: (export / "made").is_dir() or (export / "to").exists() or not (export / "gone").exists())
+            pid = int(str(mount.status()["daemon_pid"]))
+            os.kill(pid, signal.SIGKILL)
+            proxy.cut()
+            proxy.thaw()
+            for thread in threads:
+                thread.join(30)
+                assert not thread.is_alive()
+            assert errors == []
+            there = {path.name for path in export.iterdir()}
+            assert there == {"made", "to", "symlink", "linked", "link", "fifo", "created", "cut"}
+            assert (export / "to").read_bytes() == b"12345" and (export / "cut").read_bytes() == b"123"
+            assert os.stat(export / "link").st_nlink == 2
+            wait_until(lambda: mount.status().get("failovers") == 1)
+            assert mount.status()["open_handles"] == 0
+
+
+def test_a_daemon_that_dies_while_the_server_is_away_serves_what_is_cached(
+    server: Ganesha, export: Path, tmp_path: Path
+) -> None:
+    (export / "file").write_bytes(b"cached")
+    mount = Mount(server, tmp_path / "mnt")
+    mount.daemon_may_die = True
+    with mount:
+        here = mount.path / export.name / "file"
+        assert here.read_bytes() == b"cached"
+        server.pause()
+        try:
+            kill_daemon(mount)
+            assert here.read_bytes() == b"cached"
+        finally:
+            server.resume()
+
+
+def test_other_clients_appends_are_not_overwritten_after_a_failover(own: Mount, export: Path) -> None:
+    here = Place.of(own, export).here
+    (here / "log").write_bytes(b"mine\n")
+    kill_daemon(own)
+    with open(export / "log", "ab") as theirs:
+        theirs.write(b"theirs\n")
+    with open(here / "log", "ab") as again:
+        again.write(b"mine too\n")
+    assert (export / "log").read_bytes() == b"mine\ntheirs\nmine too\n"
+
+
+def test_the_mount_stays_though_its_daemon_dies_in_start_up(own: Mount, export: Path) -> None:
+    here = Place.of(own, export).here
+    (here / "file").write_bytes(b"x")
+    keeper = int(str(own.status()["keeper_pid"]))
+    for _ in range(5):
+        pids = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        for pid in pids:
+            os.kill(int(pid), signal.SIGKILL)
+        wait_until(lambda pids=pids: set(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
+                   .isdisjoint(pids) and Path(f"/proc/{keeper}/task/{keeper}/children").read_text() != "")  # type: ignore[misc]  # fmt: skip
+    assert (here / "file").read_bytes() == b"x"
+    assert is_mounted(own.path)
