@@ -10,6 +10,9 @@ except ModuleNotFoundError as missing:
     sys.exit(f"efcfs: the library {missing.name} is missing: install efcfs again (pip install efcfs)")
 
 
+from efcfs import __version__  # noqa: E402  # after the libraries it may miss
+
+
 class Failure(Exception):
     """The command failed; str() is its one line, `code` its exit code, as in mount(8)."""
 
@@ -19,7 +22,7 @@ class Failure(Exception):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="efcfs")
+@click.version_option(version=__version__)
 def efcfs() -> None:
     """The elastic file client: mount NFS exports through FUSE.
 
@@ -48,12 +51,21 @@ def run(command: click.Command, arguments: list[str]) -> int:
 
 def main() -> None:
     try:
-        from efcfs.cli import cache, mount, status, umount, warmup  # noqa: PLC0415  # a library may be missing: say so
+        from efcfs.cli import (  # noqa: PLC0415  # a library may be missing: say so
+            cache,
+            mount,
+            recover,
+            status,
+            umount,
+            upgrade,
+            warmup,
+        )  # fmt: skip
     except ModuleNotFoundError as missing:
         sys.exit(f"efcfs: the library {missing.name} is missing: install efcfs again (pip install efcfs)")
     except ImportError as error:
         sys.exit(f"efcfs: a library does not load ({error}): install the package libfuse3-3 and efcfs again")
-    for command in (mount.mount, umount.umount, status.status, warmup.warmup, cache.cache):
+    commands = (mount.mount, umount.umount, status.status, upgrade.upgrade, recover.recover, warmup.warmup, cache.cache)
+    for command in commands:
         efcfs.add_command(command)
     sys.exit(run(efcfs, sys.argv[1:]))
 

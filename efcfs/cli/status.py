@@ -41,7 +41,8 @@ def ask(mounted: control.Mounted) -> control.Answer:
 
 
 def show(answers: list[control.Answer]) -> None:
-    table = Table("mount point", "source", "server", "links", "in flight", "reconnects", "daemon", "up")
+    table = Table("mount point", "source", "server", "links", "in flight", "reconnects", "daemon", "up", "failovers",
+                  "upgrades")  # fmt: skip
     for a in answers:
         if "error" in a:
             table.add_row(str(a["mountpoint"]), str(a["source"]), str(a["error"]))
@@ -53,6 +54,6 @@ def show(answers: list[control.Answer]) -> None:
             f"{sum(link['state'] == 'up' for link in links)} of {len(links)}",
             f"{sum(link['in_flight_bytes'] for link in links) / 1e6:.1f} MB",
             str(sum(link["reconnects"] for link in links)),
-            str(a["daemon_pid"]), f"{a['uptime_s']} s",
+            str(a["daemon_pid"]), f"{a['uptime_s']} s", str(a["failovers"]), str(a["upgrades"]),
         )  # fmt: skip
     Console().print(table)

@@ -558,6 +558,22 @@ def test_a_user_without_root_mounts_through_fusermount3(bench: Bench, as_nobody:
     bench.assert_nothing_is_left(NOBODY)
 
 
+def test_a_user_without_root_ends_a_mount_by_force(bench: Bench, as_nobody: list[str]) -> None:
+    os.chown(bench.path, NOBODY, NOBODY)
+    bench.mount("noresvport,noac", program=[*as_nobody, *EFCFS])
+    bench.server.pause()
+    try:
+        with subprocess.Popen([*as_nobody, "ls", str(bench.path)], stderr=subprocess.DEVNULL) as stuck:
+            wait_until(lambda: Path(f"/proc/{stuck.pid}/wchan").read_text() == "request_wait_answer")
+            began = time.monotonic()
+            bench.umount("-f", program=[*as_nobody, *EFCFS])
+            assert time.monotonic() - began < 5
+            assert stuck.wait(5) != 0
+        bench.assert_nothing_is_left(NOBODY)
+    finally:
+        bench.server.resume()
+
+
 def test_a_user_who_may_not_mount_there_is_refused(bench: Bench, as_nobody: list[str]) -> None:
     done = bench.run(
         "mount", "-o", f"{bench.ports},noresvport", bench.source, str(bench.path), program=[*as_nobody, *EFCFS]

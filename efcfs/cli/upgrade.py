@@ -1,0 +1,65 @@
+"""`efcfs upgrade`: replace a mount's daemon while it is used, by one of another version or with other options."""
+
+import os
+import subprocess
+import sys
+
+import click
+
+from efcfs import control
+from efcfs.cli.main import EX_SYSTEM, EX_USAGE, Failure
+from efcfs.config import MountConfig, UsageError, changed
+
+# The keeper gives up earlier.
+TIMEOUT_S = 60.0
+
+
+@click.command()
+@click.option("--python", "python", metavar="PATH", help="the interpreter of a virtual environment with another efcfs")
+@click.option("-o", "options", multiple=True, metavar="OPTIONS", help="mount options that shall change")
+@click.argument("mountpoint")
+def upgrade(mountpoint: str, python: str | None, options: tuple[str, ...]) -> int:
+    """Replace the daemon of a mount while it is used.
+
+    Programs see a pause of a fraction of a second. When the new daemon does not get ready the old one goes on, and the
+    command says why.
+    """
+    mounted = control.find(mountpoint)
+    if mounted is None:
+        raise Failure(f"{mountpoint} is not an efcfs mount: `efcfs status` lists them", EX_USAGE)
+    config = ask(mounted, {"cmd": "config"})
+    if options:
+        try:
+            config = changed(MountConfig.from_json(config), options).to_json()
+        except UsageError as error:
+            raise Failure(str(error), EX_USAGE) from None
+    interpreter = checked(python) if python is not None else sys.executable
+    ask(mounted, {"cmd": "upgrade", "daemon": [interpreter, "-m", "efcfs.daemon"], "config": config})
+    return 0
+
+
+def ask(mounted: control.Mounted, request: control.Answer) -> control.Answer:
+    try:
+        answer = control.ask(mounted, request, TIMEOUT_S)
+    except control.NoAnswer as why:
+        raise Failure(f"{mounted.mountpoint} is not upgraded: {why}", EX_SYSTEM) from None
+    if "error" in answer:
+        raise Failure(f"{mounted.mountpoint} is not upgraded: {answer['error']}", EX_SYSTEM)
+    return answer
+
+
+def checked(python: str) -> str:
+    """The interpreter's absolute path, if efcfs can be imported there."""
+    path = os.path.abspath(python)
+    try:
+        done = subprocess.run(
+            [path, "-c", "import efcfs.daemon"], cwd="/", capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failure(
+            f"--python {python} does not run ({error}): name the python of a virtual environment", EX_USAGE
+        ) from None
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise Failure(f"--python {python} cannot run efcfs ({why}): install efcfs there", EX_USAGE)
+    return path

@@ -1,0 +1,137 @@
+"""`efcfs upgrade`: another daemon, of another version or with other options, while the mount is used."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import efcfs
+from tests.bed import Ganesha, Mount
+from tests.bed import efcfs as command
+from tests.place import Place
+
+MIB = 1024 * 1024
+
+
+def upgrade(mount: Mount, *arguments: str) -> str:
+    """Returns what the command says when it fails, else nothing; its exit code is 0 then."""
+    done = command("upgrade", *arguments, str(mount.path))
+    assert bool(done.returncode) == bool(done.stderr) and done.stdout == ""
+    return done.stderr
+
+
+def other_version(directory: Path, **changed: tuple[str, str, str]) -> Path:
+    """A python with a copy of efcfs in which (file, old text, new text) are changed."""
+    shutil.copytree(Path(efcfs.__file__).parent, directory / "efcfs")
+    for file, old, new in changed.values():
+        path = directory / "efcfs" / file
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+    python = directory / "python"
+    # Found before the package that is installed, which an editable install puts on the path by an import hook.
+    (directory / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+    )
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={directory} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.fixture
+def own(server: Ganesha, tmp_path: Path) -> Mount:
+    mount = Mount(server, tmp_path / "mnt")
+    mount.daemon_may_die = True
+    return mount
+
+
+def test_another_version_takes_over_with_files_open_and_bytes_unwritten(
+    own: Mount, export: Path, tmp_path: Path
+) -> None:
+    newer = other_version(tmp_path / "newer", version=("__init__.py", efcfs.__version__, "99.0"))
+    with own:
+        here, before = Place.of(own, export).here, own.status()
+        assert before["version"] == efcfs.__version__
+        fds = [os.open(here / f"f{i}", os.O_RDWR | os.O_CREAT) for i in range(20)]
+        for fd in fds:
+            os.write(fd, b"before ")
+        assert upgrade(own, "--python", str(newer)) == ""
+        for fd in fds:
+            os.write(fd, b"after")
+        after = own.status()
+        assert (after["version"], after["upgrades"], after["failovers"]) == ("99.0", 1, 0)
+        assert after["daemon_pid"] != before["daemon_pid"] and after["keeper_pid"] == before["keeper_pid"]
+        assert not Path(f"/proc/{before['daemon_pid']}").exists()
+        assert upgrade(own) == ""  # and back
+        assert own.status()["version"] == efcfs.__version__ and own.status()["upgrades"] == 2
+        for fd in fds:
+            assert os.pread(fd, 100, 0) == b"before after"
+            os.close(fd)
+        assert {path.read_bytes() for path in export.iterdir()} == {b"before after"}
+        assert own.status()["open_handles"] == 0
+
+
+def test_a_version_that_keeps_its_state_otherwise_is_refused_and_the_old_one_goes_on(
+    own: Mount, export: Path, tmp_path: Path
+) -> None:
+    other = other_version(tmp_path / "other", state=("vfs/handles.py", "STATE_VERSION = 1", "STATE_VERSION = 2"))
+    with own:
+        here, before = Place.of(own, export).here, own.status()
+        fd = os.open(here / "file", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"one ")
+        told = upgrade(own, "--python", str(other))
+        assert "is not upgraded" in told and "state is of version 1, this efcfs has 2" in told
+        os.write(fd, b"two")
+        os.close(fd)
+        assert (export / "file").read_bytes() == b"one two"
+        assert own.status()["daemon_pid"] == before["daemon_pid"] and own.status()["upgrades"] == 0
+
+
+def test_a_daemon_that_cannot_start_leaves_the_old_one(own: Mount, export: Path, tmp_path: Path) -> None:
+    broken = other_version(tmp_path / "broken", store=("daemon.py", "store = open_store(config)", "1 / 0"))
+    with own:
+        before = own.status()
+        assert "internal error (division by zero)" in upgrade(own, "--python", str(broken))
+        (Place.of(own, export).here / "file").write_bytes(b"x")
+        assert own.status()["daemon_pid"] == before["daemon_pid"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--python", "/nowhere/python"), "does not run"),
+        (("--python", "/bin/false"), "cannot run efcfs"),
+        (("-o", "ro"), "ro or rw cannot change while it is mounted"),
+        (("-o", "consistency=immutable"), "cannot change while it is mounted"),
+        (("-o", "noallow_other"), "allow_other cannot change"),
+        (("-o", "noexec"), "cannot change while it is mounted"),
+        (("-o", "nconect=8"), "did you mean nconnect?"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_changes_nothing(
+    mount: Mount, arguments: tuple[str, ...], told: str
+) -> None:
+    before = mount.status()["daemon_pid"]
+    done = command("upgrade", *arguments, str(mount.path))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and told in done.stderr
+    assert mount.status()["daemon_pid"] == before
+
+
+def test_a_place_that_is_no_mount_is_told(tmp_path: Path) -> None:
+    done = command("upgrade", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "is not an efcfs mount" in done.stderr
+
+
+def test_options_change_with_the_upgrade_and_stay_after_a_failover(own: Mount) -> None:
+    with own:
+        assert upgrade(own, "-o", "nconnect=7,mem=64m") == ""
+
+        def links_and_memory() -> tuple[int, int]:
+            links, tiers = own.status()["links"], own.status()["tiers"]
+            assert isinstance(links, list) and isinstance(tiers, list)
+            return len(links), tiers[0]["capacity_bytes"]
+
+        assert links_and_memory() == (7 + 1, 64 * MIB)
+        assert upgrade(own) == ""
+        assert links_and_memory() == (7 + 1, 64 * MIB)
