@@ -18,7 +18,7 @@
 
 enum { BIG = 2, FIRST = 3 };
 
-struct file { char name[64]; char *data; size_t size; int next; };
+struct file { char name[64]; char *data; size_t size, room; int next; };
 
 static struct file *files;      /* inode number - FIRST */
 static int used, room, buckets[1 << 18];
@@ -90,7 +90,8 @@ static void do_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, stru
 
 static void do_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off, struct fuse_file_info *fi) {
     struct file *f = &files[ino - FIRST];
-    if (ino != BIG && f->size < off + size) { f->data = realloc(f->data, off + size); f->size = off + size; }
+    if (ino != BIG && f->room < off + size) f->data = realloc(f->data, f->room = 2 * (off + size));
+    if (ino != BIG && f->size < off + size) f->size = off + size;
     if (ino != BIG) memcpy(f->data + off, buf, size);
     fuse_reply_write(req, size);
 }
@@ -149,7 +150,7 @@ int main(int argc, char **argv) {
         char name[32];
         snprintf(name, sizeof name, "f%d", i);
         int made = make(name);
-        files[made].data = calloc(1, files[made].size = file_bytes);
+        files[made].data = calloc(1, files[made].size = files[made].room = file_bytes);
     }
     struct fuse_session *se = fuse_session_new(&args, &ops, sizeof ops, NULL);
     if (!se || fuse_set_signal_handlers(se) || fuse_session_mount(se, argv[1])) return 2;

@@ -1,6 +1,7 @@
 /* A load generator: one operation, over and over, by a number of processes.
  *
  * usage: load OPERATION DIRECTORY FILES CLIENTS SECONDS
+ * "make" creates, writes and closes FILES files of 32 KiB, once, in SECONDS at most.
  * Files are DIRECTORY/f0 … f(FILES-1). Prints "operations seconds p50_us p99_us". In C, so that the figure is
  * the file system's and not the client's.
  */
@@ -36,14 +37,15 @@ static int compare(const void *a, const void *b) {
 int main(int argc, char **argv) {
     if (argc != 6) { fprintf(stderr, "usage: load OPERATION DIRECTORY FILES CLIENTS SECONDS\n"); return 1; }
     const char *op = argv[1], *dir = argv[2];
-    int files = atoi(argv[3]), clients = atoi(argv[4]);
+    int files = atoi(argv[3]), clients = atoi(argv[4]), make = !strcmp(op, "make");
     double seconds = atof(argv[5]);
     float *latency = mmap(NULL, sizeof(float) * SAMPLES * clients, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     long *count = mmap(NULL, sizeof(long) * clients, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     double start = now();
     for (int c = 0; c < clients; c++) {
         if (fork()) continue;
-        char path[4096], block[4096];
+        char path[4096], block[32768];
+        size_t bytes = make ? sizeof block : 4096;
         memset(block, 'x', sizeof block);
         struct stat st;
         int held = -1;
@@ -52,7 +54,7 @@ int main(int argc, char **argv) {
             check((held = open(path, O_RDONLY)) < 0, path);
         }
         long n = 0;
-        for (; now() - start < seconds; n++) {
+        for (; now() - start < seconds && !(make && n * clients + c >= files); n++) {
             /* Each client has files of its own, one after the other. */
             long i = (n * clients + c) % files;
             double begin = now();
@@ -61,11 +63,11 @@ int main(int argc, char **argv) {
             else if (!strcmp(op, "lookup")) check(stat(path, &st), path);
             else if (!strcmp(op, "read")) {
                 int fd = open(path, O_RDONLY);
-                check(fd < 0 || read(fd, block, sizeof block) < 0 || close(fd), path);
-            } else if (!strcmp(op, "create")) {
+                check(fd < 0 || read(fd, block, bytes) < 0 || close(fd), path);
+            } else if (make || !strcmp(op, "create")) {
                 snprintf(path, sizeof path, "%s/new-%d-%ld", dir, c, n);
                 int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-                check(fd < 0 || write(fd, block, sizeof block) != sizeof block || close(fd), path);
+                check(fd < 0 || write(fd, block, bytes) != (ssize_t)bytes || close(fd), path);
             } else if (!strcmp(op, "readdir")) {
                 DIR *d = opendir(dir);
                 check(!d, dir);

@@ -9,10 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import trio
-
-from bench.parts import Load, drop_page_cache, floor, median, report
-from efcfs.nfs.client import Client, ServerOptions, connect, own_credential
+from bench.parts import Load, drop_page_cache, floor, median, report, with_client
+from efcfs.nfs.client import Client, own_credential
 from tests.bed import Ganesha, Mount, Proxy
 from tests.place import daemon_rss_bytes
 
@@ -24,20 +22,17 @@ UNCACHED = "actimeo=0,lookupcache=none"
 def bare_getattr_us(server: Ganesha) -> float:
     """The latency of one NFS call, without FUSE."""
 
-    async def work() -> float:
-        options = ServerOptions("127.0.0.1", port=server.port, mountport=server.mount_port)
-        async with connect(options, server.export) as client:
-            return await latency(client)
+    times = []
 
-    async def latency(client: Client) -> float:
-        cred, times = own_credential(), []
+    async def work(client: Client) -> None:
+        cred = own_credential()
         for _ in range(3000):
             started = time.perf_counter()
             await client.getattr(cred, client.root_fh)
             times.append(time.perf_counter() - started)
-        return median(times) * 1e6
 
-    return trio.run(work)
+    with_client(server, work)
+    return median(times) * 1e6
 
 
 def main() -> None:

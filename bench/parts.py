@@ -1,4 +1,4 @@
-"""What the benchmarks share: the C programs, dropping the page cache, and telling the results."""
+"""What the benchmarks share: the C programs, the bare client, dropping the page cache, and telling the results."""
 
 import contextlib
 import json
@@ -7,14 +7,20 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
+import trio
 from rich.console import Console
 from rich.table import Table
 
-from efcfs.keeper import set_read_ahead
+from efcfs.keeper.kernel import set_read_ahead
+from efcfs.nfs.client import Client, ServerOptions, connect
+from tests.bed import Ganesha
 
+MIB = 1024 * 1024
+# Calls that a bare client keeps under way when it reads or writes a large file.
+IN_FLIGHT = 16
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build"
 
@@ -89,6 +95,24 @@ class Load:
         count, elapsed_s, p50, p99 = map(float, done.stdout.split())
         self.per_second = count / elapsed_s
         self.p50_us, self.p99_us = p50, p99
+
+
+def with_client(server: Ganesha, work: Callable[[Client], Awaitable[None]]) -> None:
+    """Run `work` with a bare client: efcfs without FUSE, caches and write-behind."""
+
+    async def connected() -> None:
+        options = ServerOptions("127.0.0.1", port=server.port, mountport=server.mount_port)
+        async with connect(options, server.export) as client:
+            await work(client)
+
+    trio.run(connected)
+
+
+def libnfs(server: Ganesha, program: str, *words: str) -> None:
+    """One of libnfs' programs; the last word is a file of the export."""
+    ports = f"nfsport={server.port}&mountport={server.mount_port}&version=3"
+    command = [program, *words[:-1], f"nfs://127.0.0.1{server.export}/{words[-1]}?{ports}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def drop_page_cache(then_touch_bytes: int = 0) -> None:
