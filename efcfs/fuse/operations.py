@@ -28,6 +28,7 @@ from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.filesystem import Entry, FileSystem, Request
+from efcfs.vfs.writer import Taken
 
 log = logging.getLogger(__name__)
 
@@ -218,11 +219,15 @@ class Operations(pyfuse3.Operations):
     ) -> memoryview | bytes:
         return await self._fs.read(fh or self._fs.handle_of(ino, self.callers.credential(*caller)), offset, size_bytes)
 
-    def write_at_once(self, fh: int, offset: int, data: memoryview) -> bool | None:
+    def write_at_once(self, fh: int, offset: int, data: memoryview) -> Taken | None:
         try:
             return self._fs.write_at_once(fh, offset, data)
         except Exception as error:
             raise told("write", error) from None
+
+    @_answered
+    async def taken(self, fh: int) -> None:
+        await self._fs.taken(fh)
 
     @_answered
     async def write_later(self, fh: int, offset: int, data: memoryview) -> None:

@@ -22,6 +22,8 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import trio
@@ -29,6 +31,7 @@ from pyfuse3 import FUSEError
 
 from efcfs.fuse.direct import Asked, Later, Served, told
 from efcfs.nfs.nursery import open_nursery
+from efcfs.vfs.writer import Taken
 
 # <linux/fuse.h>
 FUSE_FORGET, FUSE_READ, FUSE_WRITE, FUSE_READDIR, FUSE_INTERRUPT = 2, 15, 16, 28, 36
@@ -84,8 +87,11 @@ class Files(Protocol):
     ) -> memoryview | bytes:
         """The bytes; good until the next await."""
 
-    def write_at_once(self, fh: int, offset: int, data: memoryview) -> bool | None:
-        """Take the bytes, in the buffer, and keep them; None: not without waiting. True: tasks are ready to run now."""
+    def write_at_once(self, fh: int, offset: int, data: memoryview) -> Taken | None:
+        """Keep the bytes, which lie in the buffer; None: there is no room for them."""
+
+    async def taken(self, fh: int) -> None:
+        """Wait until bytes that were kept may be answered."""
 
     async def write_later(self, fh: int, offset: int, data: memoryview) -> None: ...
 
@@ -259,11 +265,15 @@ class Wire(trio.abc.Instrument):
             except FUSEError as error:
                 self._refuse(unique, error)
                 return False
-            if taken is not None:
+            if taken is Taken.ANSWER or taken is Taken.TASKS_STARTED:
                 self._tell((_WROTE.pack(_WROTE.size, 0, unique, size_bytes),))
-                return not taken
+                return taken is Taken.ANSWER
             self._under_way += 1
-            self._nursery.start_soon(self._write, unique, fh, offset, memoryview(bytes(data)))
+            if taken is None:
+                wait = partial(self._files.write_later, fh, offset, memoryview(bytes(data)))
+            else:
+                wait = partial(self._files.taken, fh)
+            self._nursery.start_soon(self._write, unique, size_bytes, wait)
         elif opcode in self._files.served:
             return self._serve_one(self._files.served[opcode], _asked(request), request[_IN.size :])
         elif opcode == FUSE_FORGET:
@@ -347,13 +357,13 @@ class Wire(trio.abc.Instrument):
             self._under_way -= 1
             self._note_drained()
 
-    async def _write(self, unique: int, fh: int, offset: int, data: memoryview) -> None:
+    async def _write(self, unique: int, size_bytes: int, wait: Callable[[], Awaitable[None]]) -> None:
         try:
-            await self._files.write_later(fh, offset, data)
+            await wait()
         except FUSEError as error:
             self._refuse(unique, error)
         else:
-            self._tell((_WROTE.pack(_WROTE.size, 0, unique, len(data)),))
+            self._tell((_WROTE.pack(_WROTE.size, 0, unique, size_bytes),))
         finally:
             self._under_way -= 1
             self._note_drained()

@@ -39,7 +39,7 @@ from efcfs.vfs.openfile import Extent, Handle, OpenFile
 from efcfs.vfs.prefetch import Prefetch
 from efcfs.vfs.reader import Reader, fetch_from
 from efcfs.vfs.warmup import Warmup
-from efcfs.vfs.writer import Writer, log
+from efcfs.vfs.writer import Taken, Writer, log
 
 # Set by the kernel in open flags when a file is opened to be executed.
 FMODE_EXEC = 0o40
@@ -541,25 +541,33 @@ class FileSystem:
         consistency = self._options.consistency
         return consistency.default is Mode.IMMUTABLE and not consistency.by_path
 
-    def write_at_once(self, handle_id: int, offset: int, data: memoryview) -> bool | None:
-        """`write`, if it needs not wait (else None). True: tasks were started."""
+    def write_at_once(self, handle_id: int, offset: int, data: memoryview) -> Taken | None:
+        """Keep the bytes; None: there is no room, `write` waits for it."""
         handle, writer = self._handles[handle_id], self.writer
-        if handle.flags & os.O_SYNC or not writer.has_room(len(data)):  # O_DSYNC is a part of O_SYNC
-            return None
         self._check_end(offset + len(data))
-        started = writer.started
+        started, had_room = writer.started, writer.has_room(len(data))
         if not writer.take(handle, offset, data):
             return None
         self._grow(handle.file.ino, offset + len(data))
-        return writer.started != started
+        if handle.flags & os.O_SYNC or not had_room:  # O_DSYNC is a part of O_SYNC
+            return Taken.ANSWER_LATER
+        return Taken.TASKS_STARTED if writer.started != started else Taken.ANSWER
+
+    async def taken(self, handle_id: int) -> None:
+        """Wait until what `write_at_once` has kept may be answered."""
+        handle = self._handles[handle_id]
+        if handle.flags & os.O_SYNC:
+            await self._sync(handle)
+        else:
+            await self.writer.room(0)
 
     async def write(self, handle_id: int, offset: int, data: memoryview) -> None:
+        """As `write_at_once` and `taken`, after waiting for room in the log."""
         handle = self._handles[handle_id]
         self._check_end(offset + len(data))
         await self.writer.take_later(handle, offset, data)
         self._grow(handle.file.ino, offset + len(data))
-        if handle.flags & os.O_SYNC:
-            await self._sync(handle)
+        await self.taken(handle_id)
 
     async def flush(self, handle_id: int) -> None:
         """close(2) and fsync(2): what was written is committed, or its error reported."""

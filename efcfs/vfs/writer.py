@@ -11,6 +11,7 @@ close of each handle, once, as the kernel client does.
 
 import contextlib
 import ctypes
+import enum
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,16 @@ SENT_FROM_FILE_BYTES = 64 * 1024
 # A small tail waits so long for more bytes, and a COMMIT for more WRITEs when nobody asks for it.
 TAIL_S = 1.0
 COMMIT_S = 5.0
+
+
+class Taken(enum.Enum):
+    """What the kernel is told of bytes that are kept."""
+
+    ANSWER = enum.auto()
+    # The same; tasks are ready to run.
+    TASKS_STARTED = enum.auto()
+    # Not before they are on the server's disk (O_SYNC), or not so much is dirty any more.
+    ANSWER_LATER = enum.auto()
 
 
 class ForgetCached(Protocol):
@@ -170,7 +181,6 @@ class Writer:
 
         Raises then what a WRITE raises.
         """
-        await self.room(len(data))
         while not self.take(handle, offset, data):
             if not self.dirty_bytes:
                 await self._write_through(handle, offset, data)

@@ -49,7 +49,7 @@ def test_more_than_the_option_allows_waits_for_the_server(server: Ganesha, expor
             try:
                 process.stdin.write("\n")
                 process.stdin.flush()
-                wait_until(lambda: mount.status()["dirty_bytes"] == 16 * MIB)
+                wait_until(lambda: mount.status()["dirty_bytes"] == 17 * MIB)  # the last one waits for its answer
                 assert process.poll() is None
             finally:
                 server.resume()
