@@ -76,6 +76,12 @@ class Attributes:
         """Whether what is known of the inode may be told when the server does not answer."""
         return inode.attr is not None and self._mode_of(inode) is not Mode.STRICT
 
+    def tell_version(self, inode: Inode) -> bool:
+        """Whether its attributes tell which bytes it has: unless they are of before a write of ours, or of what a
+        daemon before us knew. While the server is away they must do.
+        """
+        return inode.attr_at >= self._since or self._client.away or self._mode_of(inode) is Mode.IMMUTABLE
+
     async def get(self, inode: Inode, cred: Credential) -> Fattr:
         """Fresh attributes: cached ones, or from the server."""
         if inode.attr is not None and self.remaining_s(inode):
@@ -141,6 +147,10 @@ class Attributes:
 
     def expire(self, inode: Inode) -> None:
         inode.timeout_s = 0.0
+
+    def doubt(self, inode: Inode) -> None:
+        """Bytes of it were changed, and no attributes came that tell so: the next read asks for them."""
+        inode.attr_at = inode.timeout_s = 0.0
 
     def _bounds(self, inode: Inode, attr: Fattr) -> tuple[float, float]:
         t = self._timeouts

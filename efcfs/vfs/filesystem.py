@@ -407,6 +407,8 @@ class FileSystem:
         self.attributes.update_wcc(inode, result.wcc, asked_at)
         if result.wcc.after is None:
             await self.attributes.revalidate(inode, cred)
+        if size_bytes is not None:
+            self._inodes.note(inode)  # as after a write (`writer.py`)
         return self._entry(inode)
 
     async def access(self, ino: int, mask: int, cred: Credential) -> bool:
@@ -491,7 +493,8 @@ class FileSystem:
         file = handle.file
         inode = self._open[file.ino]
         attr = inode.attr
-        if attr is None or file.extents or self._mode_of(inode) is Mode.STRICT:
+        strict = self._mode_of(inode) is Mode.STRICT
+        if attr is None or file.extents or strict or not self.attributes.tell_version(inode):
             return None
         if not handle_id:
             size_bytes = min(size_bytes, attr.size - offset)
@@ -509,7 +512,8 @@ class FileSystem:
         # What gets committed while we ask may not be in the answer: it is laid over all the same.
         extents = list(file.extents)
         with self.writer.holding(extents):
-            if strict or (offset + size_bytes > attr.size and not self.attributes.remaining_s(inode)):
+            beyond = offset + size_bytes > attr.size and not self.attributes.remaining_s(inode)
+            if strict or beyond or not self.attributes.tell_version(inode):
                 attr = await self.attributes.revalidate(inode, handle.cred)
             if extents:
                 return await self._read_dirty(handle, offset, size_bytes, attr, extents)

@@ -303,7 +303,7 @@ class Writer:
                     if before is not None and after is not None and version(after) == version(before):
                         # Other bytes, the same version: the server's clock is coarse, or these attributes are old.
                         await self._forget_cached(file.fh, after)
-                        self._attributes.expire(self._inodes.get(file.ino))
+                        self._attributes.doubt(self._inodes.get(file.ino))
                     else:
                         self._take_over(file, after, asked_at, offset)
             except SERVER_ERRORS as error:
@@ -354,11 +354,11 @@ class Writer:
             file.changed.unpark_all()
         if any(verifier != result.verifier for _, verifier in unstable):
             self._lost(file)
+        self._take_over(file, result.wcc.after, asked_at)
         # An extent that was sent again meanwhile has another verifier and waits for the next COMMIT.
         self._done(
             file, [e for e, verifier in unstable if e.state is UNSTABLE and e.verifier == verifier == result.verifier]
         )
-        self._take_over(file, result.wcc.after, asked_at)
 
     def _lost(self, file: OpenFile) -> None:
         """The server restarted: all that it had not committed goes again, in the old order."""
@@ -371,11 +371,15 @@ class Writer:
         for extent in extents:
             extent.state = DONE
             self.dirty_bytes -= extent.length_bytes
-            for piece in extent.pieces:
-                self._log.done(piece.record, piece.end - piece.start)
         file.extents = [e for e in file.extents if e.state is not DONE]
         if not file.extents:
             self._dirty_files.pop(file.ino, None)
+            # Before the log forgets them: the next daemon must not find the version of before these writes, whose bytes
+            # may still be cached, while the server is away.
+            self._inodes.note(self._inodes.get(file.ino))
+        for extent in extents:
+            for piece in extent.pieces:
+                self._log.done(piece.record, piece.end - piece.start)
         file.changed.unpark_all()
         self._room.unpark_all()
 
@@ -391,8 +395,8 @@ class Writer:
     def _take_over(self, file: OpenFile, attr: Fattr | None, asked_at: float, written_end: int = 0) -> None:
         # Replies of pipelined WRITEs arrive in any order, so their pre-op attributes tell nothing.
         inode = self._inodes.get(file.ino)
-        if attr is not None and attr.size < written_end:
-            self._attributes.expire(inode)  # from before this very WRITE, out of a cache of the server's
+        if attr is None or attr.size < written_end:
+            self._attributes.doubt(inode)  # from before this very WRITE, out of a cache of the server's
         else:
             self._attributes.update(inode, attr, asked_at, own=True)
 

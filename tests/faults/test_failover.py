@@ -229,6 +229,48 @@ def test_a_daemon_that_dies_while_the_server_is_away_serves_what_is_cached(
             server.resume()
 
 
+def read_anew(fd: int, length_bytes: int) -> bytes:
+    """Past the kernel's pages."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return os.pread(fd, length_bytes, 0)
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["server up", "server away"])
+def test_what_was_written_is_read_by_the_next_daemon_though_older_bytes_are_cached(
+    server: Ganesha, own: Mount, export: Path, away: bool
+) -> None:
+    (export / "file").write_bytes(b"old!" * 65_536)
+    fd = os.open(Place.of(own, export).here / "file", os.O_RDWR)
+    assert read_anew(fd, 262_144) == b"old!" * 65_536
+    os.pwrite(fd, b"new!" * 65_536, 0)
+    os.fsync(fd)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(read_anew(fd, 262_144)))
+    if away:
+        server.pause()
+    try:
+        kill_daemon(own)
+        reader.start()
+        wait_until(lambda: not reader.is_alive() or own.status()["server"] == {"state": "away"})
+    finally:
+        server.resume()
+    reader.join(30)
+    assert read == [b"new!" * 65_536]
+    os.close(fd)
+
+
+def test_an_open_file_is_read_by_the_next_daemon_as_it_was_when_it_was_opened(own: Mount, export: Path) -> None:
+    here = Place.of(own, export).here
+    (export / "file").write_bytes(b"old!" * 65_536)
+    with open(here / "file", "rb") as before:
+        assert before.read() == b"old!" * 65_536
+    (export / "file").write_bytes(b"new!" * 65_536)
+    fd = os.open(here / "file", os.O_RDONLY)
+    kill_daemon(own)
+    assert read_anew(fd, 262_144) == b"new!" * 65_536
+    os.close(fd)
+
+
 def test_other_clients_appends_are_not_overwritten_after_a_failover(own: Mount, export: Path) -> None:
     here = Place.of(own, export).here
     (here / "log").write_bytes(b"mine\n")
