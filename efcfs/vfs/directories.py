@@ -87,9 +87,9 @@ class Directories:
             return None if name.startswith(b".") else (None, directory.seen_at)
         return (entry, directory.seen_at) if entry.fh is not None else None
 
-    def listing(self, inode: Inode, cred: Credential) -> "Listing":
-        """For an opendir(3) that has just revalidated the directory's attributes."""
-        listing = Listing(self, self._client, inode, cred, self.known(inode))
+    def listing(self, inode: Inode, cred: Credential, *, revalidated: bool = True) -> "Listing":
+        """For an opendir(3); the kept one is used only if the directory's attributes were just revalidated."""
+        listing = Listing(self, self._client, inode, cred, self.known(inode) if revalidated else None)
         self._open.setdefault(inode.ino, []).append(listing)
         return listing
 

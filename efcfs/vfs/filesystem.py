@@ -335,7 +335,7 @@ class FileSystem:
                 continue
             self._opened_before[slot.unique] = slot.number
             if slot.is_directory:
-                self._listings[slot.number] = self._directories.listing(inode, slot.cred)
+                self._listings[slot.number] = self._directories.listing(inode, slot.cred, revalidated=False)
                 continue
             file = self._file(inode)
             file.sillyname = self._inodes.hidden_name(slot.ino)

@@ -71,6 +71,17 @@ def test_open_files_and_directories_go_on(own: Mount, export: Path) -> None:
     assert own.status()["open_handles"] == 0
 
 
+def test_a_directory_that_was_opened_before_is_listed_as_it_was_then(own: Mount, export: Path) -> None:
+    here = Place.of(own, export).here
+    (export / "old").touch()
+    assert os.listdir(here) == ["old"]  # and that is kept
+    (export / "new").touch()
+    fd = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+    kill_daemon(own)
+    assert sorted(os.listdir(fd)) == ["new", "old"]
+    os.close(fd)
+
+
 def test_a_removed_file_stays_readable_and_its_hidden_name_goes_at_last_close(own: Mount, export: Path) -> None:
     here = Place.of(own, export).here
     (here / "file").write_bytes(b"still here")
