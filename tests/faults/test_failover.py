@@ -100,6 +100,23 @@ def test_a_removed_file_stays_readable_and_its_hidden_name_goes_at_last_close(ow
     assert (export / "target").read_bytes() == b"new"
 
 
+def test_a_hidden_name_goes_though_the_daemon_died_while_it_was_closed(
+    server: Ganesha, own: Mount, export: Path
+) -> None:
+    here = Place.of(own, export).here
+    (here / "file").write_bytes(b"x")
+    fd = os.open(here / "file", os.O_RDONLY)
+    os.unlink(here / "file")
+    server.pause()
+    try:
+        os.close(fd)  # the kernel forgets the file, while the server cannot be told
+        kill_daemon(own)
+    finally:
+        server.resume()
+    wait_until(lambda: list(export.iterdir()) == [])
+    assert own.status()["open_handles"] == 0
+
+
 def test_bytes_that_were_acknowledged_arrive_without_a_call_more(own: Mount, export: Path) -> None:
     here = Place.of(own, export).here
     # Not the test's own handles: nothing flushes or closes them.
