@@ -852,6 +852,8 @@ class FileSystem:
         """A new handle; without a request it is one that no other daemon needs to know."""
         attr, file = inode.attr, self._file(inode)
         number = self._table.add(request.unique, inode.ino, flags, cred) if request else self._table.number()
+        if request is not None and number not in self._table:
+            flags |= os.O_SYNC  # the next daemon would not know whose its bytes are
         self._add_handle(Handle(number, file, cred, flags))
         now = version(attr) if attr is not None else None
         keep = inode.pages_version == now or bool(file.extents)

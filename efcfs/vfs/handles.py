@@ -97,6 +97,9 @@ class Handles:
     def __len__(self) -> int:
         return len(self._at)
 
+    def __contains__(self, number: int) -> bool:
+        return number in self._at
+
     def __iter__(self) -> Iterator[Slot]:
         for number, at in list(self._at.items()):
             unique, ino, flags, error, is_directory, uid, gid, count, *groups = _SLOT.unpack_from(
