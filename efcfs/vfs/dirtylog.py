@@ -138,7 +138,11 @@ class DirtyLog:
         numbers = sorted(int(path.name.partition("-")[2]) for path in self._directory.glob("segment-*"))
         self._numbers = itertools.count(numbers[-1] + 1 if numbers else 1)
         for number in numbers:
-            segment = Segment(self._directory / f"segment-{number}")
+            path = self._directory / f"segment-{number}"
+            if path.stat().st_size < SEGMENT_BYTES:
+                path.unlink()  # a daemon was killed while it made it
+                continue
+            segment = Segment(path)
             self._segments.append(segment)
             found += _walk(segment)
             segment.live = sum(1 for left in found if left.record.segment is segment)
@@ -181,6 +185,7 @@ class DirtyLog:
             data_at = at + HEAD_BYTES
             segment.view[data_at : data_at + length] = data
         self._sequence += 1
+        segment.view[at + _STATE_AT] = NONE  # whatever lay there
         _RECORD.pack_into(segment.view, at, segment.generation, self._sequence, handle, offset, length, data_at)
         segment.count(1)
         segment.view[at + _STATE_AT] = KEPT
