@@ -13,7 +13,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import outcome
 import trio
@@ -26,15 +26,28 @@ from efcfs.nfs.xdr import ProtocolError
 Buffer = bytes | bytearray | memoryview
 
 
+class SentFrom(Protocol):
+    """A file whose pages are sent. `lent`: a socket has some of them that no answer came for; the receiver of a local
+    connection may read them whenever it likes, so they must never change.
+    """
+
+    fd: int
+    lent: bool
+
+
 class FilePart(NamedTuple):
     """Bytes of a file, sent from its pages: no copy in this process, nor one into the socket (sendfile(2))."""
 
-    fd: int
+    file: SentFrom
     offset: int
     length_bytes: int
 
+    @property
+    def fd(self) -> int:
+        return self.file.fd
+
     def after(self, skip_bytes: int) -> "FilePart":
-        return FilePart(self.fd, self.offset + skip_bytes, self.length_bytes - skip_bytes)
+        return FilePart(self.file, self.offset + skip_bytes, self.length_bytes - skip_bytes)
 
 
 # What a WRITE sends.
@@ -126,6 +139,12 @@ class Call:
         self.task = trio.lowlevel.current_task()
         return await trio.lowlevel.wait_task_rescheduled(abort)
 
+    def unanswered(self) -> None:
+        """A link on which it was sent is given up."""
+        for part in self.wire:
+            if isinstance(part, FilePart):
+                part.file.lent = True
+
     def finish(self, result: object) -> None:
         if self.task is not None:
             task, self.task = self.task, None
@@ -181,6 +200,8 @@ class Link:
 
     def abandon(self, call: Call) -> None:
         """As `forget`, for a call that may not be sent yet: its payload's memory is the caller's again."""
+        if call.xid in self.calls:
+            call.unanswered()
         if call.xid in self.calls and self._outgoing:
             self._outgoing = deque(
                 memoryview(os.pread(b.fd, b.length_bytes, b.offset) if isinstance(b, FilePart) else bytes(b))

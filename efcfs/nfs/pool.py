@@ -198,6 +198,8 @@ class Pool:
             orphans = list(link.calls.values())
             link.calls.clear()
             link.close()
+            for call in orphans:
+                call.unanswered()
         self._resend(orphans)
 
     async def _resolve_again(self, place: Place) -> None:

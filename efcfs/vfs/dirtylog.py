@@ -51,7 +51,7 @@ NONE, KEPT, DONE = range(3)
 class Segment:
     """One file of the log, mapped."""
 
-    __slots__ = ("end", "fd", "generation", "live", "path", "undone", "view")
+    __slots__ = ("end", "fd", "generation", "lent", "live", "path", "undone", "view")
 
     def __init__(self, path: Path) -> None:
         """Raises OSError (ENOSPC); a file that was there before stays then, with what it has."""
@@ -71,6 +71,8 @@ class Segment:
         self.undone = 0
         # Records that are not done, and holds.
         self.live = 0
+        # Whether somebody may still send its bytes, done or not: it is not used again.
+        self.lent = False
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -147,6 +149,7 @@ class DirtyLog:
             found += _walk(segment)
             segment.live = sum(1 for left in found if left.record.segment is segment)
             segment.count(segment.live)
+            segment.lent = bool(segment.live)  # by the daemon that kept them
             if not segment.live:
                 self._free.append(segment)
         found.sort()
@@ -211,7 +214,11 @@ class DirtyLog:
         segment.live -= 1
         if segment.live:
             return
-        if segment is self._current:
+        if segment.lent:
+            segment.path.unlink()
+            self._segments.remove(segment)
+            self._current = None if segment is self._current else self._current
+        elif segment is self._current:
             segment.start_over()  # hot in every cache
         else:
             self._free.append(segment)

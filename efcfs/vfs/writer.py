@@ -406,7 +406,7 @@ def _payload(piece: Piece) -> Payload:
     if length < SENT_FROM_FILE_BYTES:
         return piece.bytes
     record = piece.record
-    return FilePart(record.segment.fd, record.data_at + piece.start, length)
+    return FilePart(record.segment, record.data_at + piece.start, length)
 
 
 def _after(buffers: list[Payload], skip_bytes: int) -> list[Payload]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bed import Ganesha, Mount, Proxy
-from tests.place import Place, links
+from tests.place import Place, links, wait_until
 
 
 @pytest.fixture
@@ -79,6 +79,33 @@ def test_a_frozen_link_is_drained_and_replaced(proxied: tuple[Proxy, Place]) -> 
     assert (place.here / "data").read_bytes() == data
     assert time.monotonic() - started < 20
     assert any(link["reconnects"] for link in links(place.mount))
+
+
+def is_quiet(proxy: Proxy) -> bool:
+    before = proxy.bytes_to_client
+    time.sleep(0.3)
+    return proxy.bytes_to_client == before
+
+
+def test_a_write_that_arrives_late_has_its_own_bytes(proxied: tuple[Proxy, Place]) -> None:
+    """A link was given up with it, and what it was sent from was used for others since."""
+    proxy, place = proxied
+    fd = os.open(place.here / "late", os.O_RDWR | os.O_CREAT)
+    os.pwrite(fd, b"0" * 1024 * 1024, 0)
+    os.fsync(fd)
+    proxy.freeze(first=proxy.connections)
+    for offset in range(0, 16 * 131072, 131072):
+        os.pwrite(fd, b"A" * 65536, offset)
+    os.fsync(fd)  # by new links
+    with open(place.here / "other", "wb", buffering=0) as other:
+        for _ in range(64):
+            other.write(b"B" * 1024 * 1024)
+    answers = proxy.bytes_to_client
+    proxy.thaw()
+    wait_until(lambda: proxy.bytes_to_client > answers and is_quiet(proxy))  # the server has written it again
+    late = (place.there / "late").read_bytes()
+    assert {late[offset : offset + 65536] for offset in range(0, 16 * 131072, 131072)} == {b"A" * 65536}
+    os.close(fd)
 
 
 def test_a_mount_works_with_the_links_that_come_up(server: Ganesha, export: Path, tmp_path: Path) -> None:
