@@ -20,16 +20,15 @@ from efcfs.vfs.inodes import Inodes
 
 
 class File(NamedTuple):
-    """A file with unwritten bytes. `path`: where it was last seen, from the mount point on."""
+    """A file with unwritten bytes, each piece in the name of who wrote it. `path`: where it was last seen."""
 
     path: str
     fh: bytes
-    cred: Credential
-    pieces: list[Left]
+    pieces: list[tuple[Left, Credential]]
 
     @property
     def length_bytes(self) -> int:
-        return sum(piece.record.length_bytes for piece in self.pieces)
+        return sum(left.record.length_bytes for left, _ in self.pieces)
 
 
 class Unwritten:
@@ -41,12 +40,12 @@ class Unwritten:
 
     async def write(self, client: Client, file: File) -> str | None:
         """Write a file's bytes in the order in which they were written. Returns what went wrong."""
-        for left in file.pieces:
+        for left, cred in file.pieces:
             offset, data = left.offset, left.record.bytes(0, left.record.length_bytes)
             try:
                 while data:
                     piece = data[: client.wsize]
-                    result = await client.write(file.cred, file.fh, offset, [piece], len(piece), nfs3.FILE_SYNC)
+                    result = await client.write(cred, file.fh, offset, [piece], len(piece), nfs3.FILE_SYNC)
                     offset += result.count
                     data = data[result.count :]
             except SERVER_ERRORS as error:
@@ -59,12 +58,12 @@ class Unwritten:
         path = directory / file.path.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "r+b" if path.exists() else "w+b") as target:
-            for left in file.pieces:
+            for left, _ in file.pieces:
                 target.seek(left.offset)
                 target.write(left.record.bytes(0, left.record.length_bytes))
             target.flush()
             os.fsync(target.fileno())
-        for left in file.pieces:
+        for left, _ in file.pieces:
             self._log.done(left.record, left.record.length_bytes)
         return path
 
@@ -76,7 +75,7 @@ def open_unwritten(state_dir: Path, root_fh: bytes) -> Iterator[Unwritten]:
     log = DirtyLog(state_dir / "dirty", 0)
     try:
         slots = {slot.number: slot for slot in handles}
-        files: dict[tuple[int, Credential], File] = {}
+        files: dict[int, File] = {}
         for left in log.left():
             slot = slots.get(left.handle)
             try:
@@ -85,11 +84,10 @@ def open_unwritten(state_dir: Path, root_fh: bytes) -> Iterator[Unwritten]:
                 inode = inodes.get(slot.ino)
             except KeyError:
                 # Of a file that nobody knows any more: it can only be saved.
-                key, path, fh, cred = (0, Credential(0, 0, ())), f"unknown-{left.handle}", b"", Credential(0, 0, ())
+                key, path, fh, cred = -left.handle, f"unknown-{left.handle}", b"", Credential(0, 0, ())
             else:
-                path, fh, cred = os.fsdecode(inodes.path(inode)), inode.fh, slot.cred
-                key = (slot.ino, cred)
-            files.setdefault(key, File(path, fh, cred, [])).pieces.append(left)
+                key, path, fh, cred = slot.ino, os.fsdecode(inodes.path(inode)), inode.fh, slot.cred
+            files.setdefault(key, File(path, fh, [])).pieces.append((left, cred))
         yield Unwritten(log, list(files.values()))
     finally:
         inodes.close()
