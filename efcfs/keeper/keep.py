@@ -328,6 +328,8 @@ class Keeper:
         if "ready" not in new.said:
             why = "the old one ended meanwhile" if leaving(old) else "" if new.lost else "it takes too long"
             how = self.bury(new)
+            if "ready" in new.said:
+                old.kill()  # it served for a moment after all: what the old one remembers is no longer so
             self.upgrade_failed(old, f"the new daemon does not serve: {why or how}", served=served)
             return
         self.request = request
