@@ -135,25 +135,32 @@ class Mount:
 
     async def _obey(self, fuse_fd: int) -> None:
         """Do what the keeper says, as long as it is there."""
+        drained = False
         while True:
-            await trio.lowlevel.wait_readable(self._keeper)
+            # Drained, the whole loop stands still: what ends meanwhile would change the files that we share with the
+            # daemon that goes on.
+            if not drained:
+                await trio.lowlevel.wait_readable(self._keeper)
             message = json.loads(self._keeper.recv(MESSAGE_BYTES) or b"{}")
+            assert self._wire is not None
+            if "upgraded" in message or (drained and not message):
+                self._replaced = True
+                self._tell_upgrade("")
+                self._fs.leave()
+                self._wire.end()
+                return
             if not message:
                 log.error("the keeper of %s is gone: nobody replaces this daemon now", self._config.mountpoint)
                 return
-            assert self._wire is not None
             if "drain" in message:
                 if not await self._wire.drain(DRAIN_S):
                     log.info("requests are still under way: another daemon gets them again")
                 with trio.move_on_after(DRAIN_S):
                     await self._fs.writer.pause()
                 say(self._keeper, drained=True)
-            elif "upgraded" in message:
-                self._replaced = True
-                self._tell_upgrade("")
-                self._wire.end()
-                return
+                drained = True
             elif "upgrade_failed" in message:
+                drained = False
                 if message.get("served"):
                     resend(fuse_fd)
                 self._wire.resume()

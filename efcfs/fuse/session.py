@@ -73,16 +73,13 @@ async def serve(
             os.write(fuse_fd, amend_init_reply(init_request, reply))
         else:
             resend(fuse_fd)
-        wire = Wire(fuse_fd, ours, room.listed_bytes, operations)
-        operations.asked = wire.asked
-        on_ready(wire)
         async with open_nursery() as nursery:
+            wire = Wire(fuse_fd, ours, room.listed_bytes, operations, nursery.cancel_scope)
+            operations.asked = wire.asked
+            on_ready(wire)
             nursery.start_soon(pyfuse3.main, min(MIN_TASKS, room.requests), room.requests)
             await wire.run()
-            if wire.replaced:
-                nursery.cancel_scope.cancel()
-            else:
-                pyfuse3.terminate()  # it ends when what libfuse has is done
+            pyfuse3.terminate()  # it ends when what libfuse has is done
     finally:
         os.close(fuse_fd)
         ours.close()

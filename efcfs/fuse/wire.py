@@ -123,7 +123,10 @@ def widen(ours: socket.socket, libfuse: socket.socket, most_requests: int) -> Ro
 class Wire(trio.abc.Instrument):
     """Between /dev/fuse and libfuse; `run` must be running."""
 
-    def __init__(self, fuse_fd: int, libfuse: socket.socket, listed_bytes: int, files: Files) -> None:
+    def __init__(
+        self, fuse_fd: int, libfuse: socket.socket, listed_bytes: int, files: Files, serving: trio.CancelScope
+    ) -> None:
+        """`serving`: all that serves the mount."""
         os.set_blocking(fuse_fd, False)
         libfuse.setblocking(False)
         self._fuse_fd = fuse_fd
@@ -142,6 +145,7 @@ class Wire(trio.abc.Instrument):
         self._taking = True
         self._drained = trio.Event()
         self.replaced = False
+        self._serving = serving
         self._loop_fd = _epoll_fd()
         # Not poll(2), which asks all three before and after it sleeps: 4 KiB writes go 10 % faster.
         self._poll = select.epoll()
@@ -192,7 +196,7 @@ class Wire(trio.abc.Instrument):
     def end(self) -> None:
         """Another daemon serves now; what is still under way here is its."""
         self.replaced = True
-        self._ended.set()
+        self._serving.cancel()
 
     def before_io_wait(self, timeout: float) -> None:
         """Called by trio when it has run all tasks that were ready; 0 seconds: others are ready by now."""

@@ -37,7 +37,7 @@ Daemon to keeper:
                               server that is away, which it may for ever, before connected and between serve and ready
 {"error": "line", "code": n}  it ends; the line is for the user, the code is the command's
 {"upgrade": {"daemon": [argv …], "config": {…} or null}}   replace me by this one, with this config (null: the same)
-{"drained": true}             it has no request and will take none
+{"drained": true}             it has no request and will take none; until it is told more it does nothing at all
 {"unmounted": true, "dirty_bytes": n}   the mount has ended; it ends
 
 And in the state: each file of `dirty/` tells in bytes 8 to 12, little-endian, how many records no server has yet.

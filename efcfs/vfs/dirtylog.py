@@ -133,6 +133,11 @@ class DirtyLog:
         self._numbers = itertools.count(1)
         # After a failure to make a segment no other try before this (monotonic s).
         self._not_before = 0.0
+        self._left = False
+
+    def leave(self) -> None:
+        """Another daemon has it now: nothing here changes it any more."""
+        self._left = True
 
     def left(self) -> list[Left]:
         """What daemons before us kept, in the order of writing. To be called once, before anything is kept."""
@@ -199,7 +204,7 @@ class DirtyLog:
     def done(self, record: Record, length_bytes: int) -> None:
         """So many more bytes of the record need not be kept."""
         record.left_bytes -= length_bytes
-        if record.left_bytes:
+        if record.left_bytes or self._left:
             return
         record.segment.view[record.at + _STATE_AT] = DONE
         record.segment.count(-1)
@@ -212,7 +217,7 @@ class DirtyLog:
     def release(self, record: Record) -> None:
         segment = record.segment
         segment.live -= 1
-        if segment.live:
+        if segment.live or self._left:
             return
         if segment.lent:
             segment.path.unlink()

@@ -124,6 +124,7 @@ class FileSystem:
         self.warmup = Warmup(client, self._directories, self.reader, store, nursery)
         self.prefetch = Prefetch(self._directories, self.reader, inodes, nursery) if store is not None else None
         self._client = client
+        self._nursery = nursery
         self._options = options
         self._inodes = inodes
         self._table = handles
@@ -347,6 +348,11 @@ class FileSystem:
             else:
                 self.writer.take_left(handle, left.offset, left.record)
         self.writer.resume()
+
+    def leave(self) -> None:
+        """Another daemon has adopted all that: end at once, whatever is under way."""
+        self.dirty.leave()
+        self._nursery.cancel_scope.cancel()
 
     @property
     def open_handles(self) -> int:
@@ -1036,6 +1042,13 @@ def _by_servers_clock(sattr: Sattr) -> Sattr | None:
     )
 
 
+async def _until_cancelled(task_status: trio.TaskStatus[trio.Nursery]) -> None:
+    """A nursery that ends before those that wait for it do."""
+    async with open_nursery() as nursery:
+        task_status.started(nursery)
+        await trio.sleep_forever()
+
+
 @contextlib.asynccontextmanager
 async def open_filesystem(
     client: Client, options: FilesystemOptions, state_dir: Path, store: Store | None
@@ -1049,14 +1062,15 @@ async def open_filesystem(
     dirty = DirtyLog(state_dir / "dirty", options.most_dirty_bytes)
     try:
         async with open_nursery() as nursery:
-            fs = FileSystem(client, options, inodes, handles, dirty, nursery, store)
+            workers: trio.Nursery = await nursery.start(_until_cancelled)
+            fs = FileSystem(client, options, inodes, handles, dirty, workers, store)
             fs.adopt()
             if inodes.get(ROOT_INO).attr is None:
                 await fs.attributes.revalidate(inodes.get(ROOT_INO), own_credential())
                 inodes.note(inodes.get(ROOT_INO))
-            nursery.start_soon(fs.writer.run)
+            workers.start_soon(fs.writer.run)
             if store is not None:
-                nursery.start_soon(store.run)
+                workers.start_soon(store.run)
             yield fs
             nursery.cancel_scope.cancel()
     finally:

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 import efcfs
 from tests.bed import Ganesha, Mount
 from tests.bed import efcfs as command
-from tests.place import Place
+from tests.place import Place, wait_until
 
 MIB = 1024 * 1024
 
@@ -70,6 +72,49 @@ def test_another_version_takes_over_with_files_open_and_bytes_unwritten(
             os.close(fd)
         assert {path.read_bytes() for path in export.iterdir()} == {b"before after"}
         assert own.status()["open_handles"] == 0
+
+
+WRITER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+print("opened", flush=True)
+sys.stdin.readline()
+os.write(fd, b"-" * (48 << 20))
+os.fsync(fd)
+sys.stdin.readline()
+os.pwrite(fd, b"only in the log", 0)
+os.kill(int(open(sys.argv[2]).read().split()[0]), 9)
+sys.stdin.readline()
+"""
+
+
+def test_the_old_daemon_changes_nothing_while_the_new_one_takes_over(
+    server: Ganesha, own: Mount, export: Path, tmp_path: Path
+) -> None:
+    """What it would give back, the new one uses."""
+    slowly = "await trio.sleep(3)\n            on_ready(wire)\n"
+    slow = other_version(tmp_path / "slow", ready=("fuse/session.py", "on_ready(wire)\n", slowly))
+    with own:
+        keeper = own.status()["keeper_pid"]
+        daemons = Path(f"/proc/{keeper}/task/{keeper}/children")
+        command = [sys.executable, "-c", WRITER, str(Place.of(own, export).here / "file"), str(daemons)]
+        with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+            assert writer.stdin is not None and writer.stdout is not None
+            assert writer.stdout.readline() == "opened\n"
+            server.pause()
+            try:
+                print(file=writer.stdin, flush=True)
+                told: list[str] = []
+                upgrading = threading.Thread(target=lambda: told.append(upgrade(own, "--python", str(slow))))
+                upgrading.start()
+                wait_until(lambda: len(daemons.read_text().split()) == 2)
+            finally:
+                server.resume()
+            upgrading.join(30)
+            assert told == [""]
+            print(file=writer.stdin, flush=True)  # it kills the daemon before a WRITE can go out
+            wait_until(lambda: (export / "file").read_bytes()[:15] == b"only in the log")
+            writer.communicate("\n")
 
 
 def test_a_version_that_keeps_its_state_otherwise_is_refused_and_the_old_one_goes_on(
