@@ -63,7 +63,8 @@ class OpenFile:
     """An inode that has handles, or is about to. `extents` are in the order in which they were written."""
 
     __slots__ = (
-        "cached", "changed", "committing", "extents", "fh", "handles", "ino", "opening", "sillyname", "written",
+        "cached", "changed", "committing", "extents", "fh", "handles", "ino", "opening", "sending", "sillyname",
+        "written",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes) -> None:
@@ -76,6 +77,8 @@ class OpenFile:
         # Woken whenever an extent changes its state.
         self.changed = trio.lowlevel.ParkingLot()
         self.committing = False
+        # How many WRITEs are in flight, or wait for their turn.
+        self.sending = 0
         # How many writes there were: bytes that were fetched while it changed may be of before or after.
         self.written = 0
         # The cache's file of the version that these attributes tell.

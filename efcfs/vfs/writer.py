@@ -40,6 +40,8 @@ _libc = ctypes.CDLL(None)
 COMMIT_BYTES = 32 * 1024 * 1024
 # More extents than this in one file are sent and committed, so that looking for overlaps stays short.
 MAX_EXTENTS = 256
+# More of one file wait: writes here and there, of a few bytes each, to a server that is slow or away.
+MOST_EXTENTS = 4096
 MAX_WRITES_IN_FLIGHT = 32
 # So much is sent from the log's pages; for less, copying is cheaper than another system call.
 SENT_FROM_FILE_BYTES = 64 * 1024
@@ -142,7 +144,7 @@ class Writer:
             self._commit_soon(file)
 
     def take(self, handle: Handle, offset: int, data: memoryview) -> bool:
-        """Keep the bytes; they are on their way to the server afterwards, not there. False: the log has no room."""
+        """Keep the bytes; they are on their way to the server afterwards, not there. False: there is no room."""
         file = handle.file
         wsize = self._client.wsize
         tail = file.extents[-1] if file.extents else None
@@ -151,6 +153,8 @@ class Writer:
             or tail.length_bytes + len(data) > wsize)
         ):  # fmt: skip
             tail = None
+        if tail is None and len(file.extents) >= MOST_EXTENTS:
+            return False
         last = tail.pieces[-1] if tail is not None else None
         record = self._log.keep(handle.number, offset, data, last.record if last is not None else None)
         if record is None:
@@ -270,8 +274,11 @@ class Writer:
     def _send_ready(
         self, file: OpenFile, *, but_tail: bool = False, written_before: float = float("inf")
     ) -> None:
-        """Start a WRITE for each dirty extent, unless one that it overlaps must go first or is in flight."""
-        if self._paused:
+        """Start WRITEs for dirty extents, unless one that it overlaps must go first or is in flight.
+
+        The first extents only, as many as may be in flight: a file may have thousands. `_send` goes on with the next.
+        """
+        if self._paused or file.sending >= MAX_WRITES_IN_FLIGHT:
             return
         sending = [e for e in file.extents if e.state is SENDING]
         held: list[Extent] = []
@@ -284,8 +291,11 @@ class Writer:
                 continue
             extent.state = SENDING
             self.started += 1
+            file.sending += 1
             sending.append(extent)
             self._nursery.start_soon(self._send, file, extent)
+            if file.sending >= MAX_WRITES_IN_FLIGHT:
+                return
 
     async def _send(self, file: OpenFile, extent: Extent) -> None:
         async with self._writes:
@@ -307,11 +317,14 @@ class Writer:
                     else:
                         self._take_over(file, after, asked_at, offset)
             except SERVER_ERRORS as error:
+                file.sending -= 1
                 self._failed(file, [extent], error)
+                self._send_next(file)
                 return
             finally:
                 if extent.state is SENDING and left:  # cancelled: the mount ends
                     extent.state = DIRTY
+        file.sending -= 1
         if result.committed == nfs3.UNSTABLE:
             # A write that another server life took may be lost already; do not wait for COMMIT to say so.
             if any(e.state is UNSTABLE and e.verifier != result.verifier for e in file.extents):
@@ -322,13 +335,17 @@ class Writer:
             extent.verifier = result.verifier
         else:
             self._done(file, [extent])
-        if any(e.state is DIRTY for e in file.extents[:-1]):
-            self._send_ready(file, but_tail=True)
+        self._send_next(file)
         file.changed.unpark_all()
-        # Short of room even little is worth a COMMIT: many files, each below the limit, would wait for each other.
+        # Short of room even little is worth a COMMIT: somebody may wait for it, here or with another file.
         unstable_bytes = sum(e.length_bytes for e in file.extents if e.state is UNSTABLE)
-        if unstable_bytes >= COMMIT_BYTES or self.dirty_bytes > self._most_bytes // 2:
+        short = self.dirty_bytes > self._most_bytes // 2 or len(file.extents) > MAX_EXTENTS
+        if unstable_bytes >= COMMIT_BYTES or short:
             self._commit_soon(file)
+
+    def _send_next(self, file: OpenFile) -> None:
+        if file.extents:
+            self._send_ready(file, but_tail=file.extents[-1].length_bytes < self._client.wsize)
 
     def _commit_soon(self, file: OpenFile) -> None:
         if not self._paused and not file.committing and any(e.state is UNSTABLE for e in file.extents):
@@ -347,7 +364,8 @@ class Writer:
             asked_at = time.monotonic()
             result = await self._client.commit(unstable[-1][0].cred, file.fh)
         except SERVER_ERRORS as error:
-            self._failed(file, [e for e, _ in unstable], error)
+            # Not those that are being sent again, since the server restarted meanwhile.
+            self._failed(file, [e for e, verifier in unstable if e.state is UNSTABLE and e.verifier == verifier], error)
             return
         finally:
             file.committing = False

@@ -1,6 +1,7 @@
 """Bytes that cannot be written: bounded, waited for, and kept when the mount ends without the server."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,41 @@ def test_more_than_the_option_allows_waits_for_the_server(server: Ganesha, expor
                 server.resume()
             process.communicate(timeout=30)
         assert (export / "file").read_bytes() == b"".join(bytes([i]) * MIB for i in range(40))
+
+
+SCATTERING = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+print("opened", flush=True)
+sys.stdin.readline()
+for i in range(5000):
+    os.pwrite(fd, bytes([i % 251]) * 4096, i * 8192)
+"""
+
+
+def test_thousands_of_scattered_writes_wait_for_the_server_and_do_not_hold_up_a_failover(
+    server: Ganesha, export: Path, tmp_path: Path
+) -> None:
+    mount = Mount(server, tmp_path / "mnt")
+    mount.daemon_may_die = True
+    with mount:
+        command = [sys.executable, "-c", SCATTERING, str(mount.path / export.name / "file")]
+        with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None and process.stdout is not None
+            assert process.stdout.readline() == "opened\n"
+            server.pause()
+            try:
+                print(file=process.stdin, flush=True)
+                wait_until(lambda: mount.status()["dirty_bytes"] == 4096 * 4096, 30)
+                pid = int(str(mount.status()["daemon_pid"]))
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda: mount.status().get("daemon_pid", pid) != pid)
+            finally:
+                server.resume()
+            process.communicate(timeout=60)
+        assert mount.status()["failovers"] == 1
+        data = (export / "file").read_bytes()
+        assert all(data[i * 8192 : i * 8192 + 4096] == bytes([i % 251]) * 4096 for i in range(5000))
 
 
 def test_many_small_writes_become_few_large_ones(server: Ganesha, export: Path, tmp_path: Path) -> None:
