@@ -213,3 +213,41 @@ def test_without_memory_for_the_log_the_server_has_each_write_before_it_returns(
     )
     assert (done.returncode, done.stderr) == (0, ""), done
     assert done.stdout.split() == ['"dirty_bytes":', "0,"]
+
+
+MANY_HANDLES = """
+import os, subprocess, sys
+files = [open(sys.argv[1], "wb", buffering=0)]
+files[0].write(b"so that there is a log")
+os.fsync(files[0])
+with open("/dev/shm/rest", "wb", buffering=0) as rest:
+    try:
+        while True:
+            rest.write(bytes(4096))
+    except OSError:
+        pass
+for _ in range(600):
+    files.append(open(sys.argv[1], "r+b", buffering=0))
+files[-1].write(b"with no room for its handle")
+print(open(sys.argv[2], "rb").read().decode())
+"""
+
+
+def test_what_is_written_through_a_handle_that_the_next_daemon_cannot_know_is_on_the_server(
+    server: Ganesha, export: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    efcfs_ = f"{sys.executable} -m efcfs.cli.main"
+    options = f"port={server.port},mountport={server.mount_port},mem=0"
+    (tmp_path / "program").write_text(MANY_HANDLES)
+    script = f"""
+        set -e
+        mount -t tmpfs -o size=64m small /dev/shm
+        {efcfs_} mount -o {options} 127.0.0.1:{server.export} {tmp_path}/mnt
+        {sys.executable} {tmp_path}/program {tmp_path}/mnt/{export.name}/file {export}/file
+        {efcfs_} umount {tmp_path}/mnt
+    """
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "with no room for its handle\n"), done

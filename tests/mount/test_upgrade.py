@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -115,6 +116,33 @@ def test_the_old_daemon_changes_nothing_while_the_new_one_takes_over(
             print(file=writer.stdin, flush=True)  # it kills the daemon before a WRITE can go out
             wait_until(lambda: (export / "file").read_bytes()[:15] == b"only in the log")
             writer.communicate("\n")
+
+
+def test_a_new_daemon_that_is_killed_before_it_serves_leaves_the_old_one(
+    own: Mount, export: Path, tmp_path: Path
+) -> None:
+    slowly = "await trio.sleep(3)\n            on_ready(wire)\n"
+    slow = other_version(tmp_path / "slow", ready=("fuse/session.py", "on_ready(wire)\n", slowly))
+    with own:
+        here, before = Place.of(own, export).here, own.status()
+        keeper = before["keeper_pid"]
+        daemons = Path(f"/proc/{keeper}/task/{keeper}/children")
+        fd = os.open(here / "file", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"before ")
+        told: list[str] = []
+        upgrading = threading.Thread(target=lambda: told.append(upgrade(own, "--python", str(slow))))
+        upgrading.start()
+        wait_until(lambda: len(daemons.read_text().split()) == 2)
+        (new,) = {int(pid) for pid in daemons.read_text().split()} - {before["daemon_pid"]}
+        # It has been given the mount when it is the one that has the dirty log's files open.
+        wait_until(lambda: "/dirty/segment-" in Path(f"/proc/{new}/maps").read_text())
+        os.kill(new, signal.SIGKILL)
+        upgrading.join(30)
+        assert "signal SIGKILL" in told[0]
+        os.write(fd, b"after")
+        os.close(fd)
+        assert (export / "file").read_bytes() == b"before after"
+        assert own.status()["daemon_pid"] == before["daemon_pid"] and own.status()["upgrades"] == 0
 
 
 def test_a_version_that_keeps_its_state_otherwise_is_refused_and_the_old_one_goes_on(
