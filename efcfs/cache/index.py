@@ -26,7 +26,7 @@ CHUNKS = EXTENT_BYTES // CHUNK_BYTES
 FULL_MASK = (1 << CHUNKS) - 1
 SUM_BYTES = 8
 
-FORMAT = b"efcfs cache 1, chunks of %d, extents of %d" % (CHUNK_BYTES, EXTENT_BYTES)
+FORMAT = b"efcfs cache 2, chunks of %d, extents of %d" % (CHUNK_BYTES, EXTENT_BYTES)
 # Sparse: room for some 40 million extents, of which only what is used takes space.
 MAP_BYTES = 8 * 1024**3
 # Uses within so short a time are one use: the kernel reads an extent in several requests.
@@ -103,13 +103,13 @@ class Change:
             self._txn.abort()
             raise
 
-    def reserve(self, key: bytes, number: int) -> None:
+    def reserve(self, key: bytes, number: int, *, queue: int = SMALL) -> None:
         """Announce that the extent is about to be filled; nobody then takes its space away."""
         at = extent_key(key, number)
         if self._txn.get(at, db=self._index.extents) is not None:
             return
         ghost = self._txn.pop(at, db=self._index.ghosts)
-        self._enter(at, Record(0, 0, SMALL if ghost is None else MAIN, 0, int(time.time()), _NO_SUMS))
+        self._enter(at, Record(0, 0, queue if ghost is None else MAIN, 0, int(time.time()), _NO_SUMS))
 
     def add(self, key: bytes, number: int, chunks: Iterable[tuple[int, bytes]]) -> bool:
         """Chunks (their index in the extent, checksum) are there now. False: the reservation is gone."""
@@ -139,6 +139,13 @@ class Change:
         old = _record(self._txn.get(at, db=self._index.extents))
         if old is not None and used_at_s - old.used_at_s >= ONE_USE_S:
             self._put(at, old._replace(uses=min(MAX_USES, old.uses + 1), used_at_s=used_at_s))
+
+    def promote(self, key: bytes, number: int) -> None:
+        """The extent is wanted, though nobody has read it yet."""
+        at = extent_key(key, number)
+        old = _record(self._txn.get(at, db=self._index.extents))
+        if old is not None and old.queue == SMALL:
+            self._enter(at, self._leave(at, old)._replace(queue=MAIN))
 
     def remove(self, key: bytes, number: int) -> Record | None:
         at = extent_key(key, number)
@@ -277,8 +284,12 @@ class Index:
                 found = txn.get(b"format")
                 if found is None:
                     txn.put(b"format", FORMAT)
+                    # Its own: one that was deleted while it is in use must not share files with the next one.
+                    txn.put(b"data", b"data-" + os.urandom(4).hex().encode())
                 elif found != FORMAT:
                     raise Unusable(f"index is of another kind ({found.decode(errors='replace')})")
+                # The directory of the files that it tells of.
+                self.data = txn.get(b"data", b"data").decode()
             self.env.reader_check()
             self._reading = self.env.begin(db=self.extents)
         except lmdb.Error as error:
@@ -304,9 +315,14 @@ class Index:
             return _record(txn.get(extent_key(key, number)))
 
     def has_file(self, key: bytes) -> bool:
-        """Whether any extent of the file is there; 3 µs."""
+        """Whether any bytes of the file are there, reservations do not count; 3 µs."""
         with self.env.begin(db=self.extents) as txn, txn.cursor() as cursor:
-            return bool(cursor.set_range(key)) and cursor.key()[:KEY_BYTES] == key
+            more = cursor.set_range(key)
+            while more and cursor.key()[:KEY_BYTES] == key:
+                if _MASK.unpack_from(cursor.value())[0]:
+                    return True
+                more = cursor.next()
+        return False
 
     def change(self) -> Change:
         return Change(self)
@@ -332,6 +348,17 @@ class Index:
                 record = _record(value)
                 assert record is not None
                 yield at[:KEY_BYTES], _NUMBER.unpack(at[KEY_BYTES:])[0], record
+
+    def try_out(self, most_s: float) -> None:
+        """Read all of it, for so long at most, and write: what is damaged fails here, or ends the process."""
+        ends = time.monotonic() + most_s
+        for db in (self.files, *self.queues, self.ghosts, self.extents):
+            with self.env.begin(db=db) as txn, txn.cursor() as cursor:
+                for _ in cursor:
+                    if time.monotonic() > ends:
+                        break
+        with self.env.begin(write=True, db=self.meta) as txn:
+            txn.put(b"tried", _U64.pack(int(time.time())))
 
     def last_change(self) -> int:
         return int(self.env.info()["last_txnid"])

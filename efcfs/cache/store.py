@@ -14,14 +14,14 @@ import logging
 import mmap
 import os
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import lmdb
 import trio
 import xxhash
 
-from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Change, Victim
-from efcfs.cache.tier import HIGH_WATER, Leaving, Tier, checksum
+from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Change, Index, Victim
+from efcfs.cache.tier import DAMAGE, HIGH_WATER, Leaving, Tier, checksum
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ MAPPED_BYTES = 512 * 1024
 # So little is claimed and written in one transaction, which saves 15 µs, and holds up others for as long.
 KEPT_AT_ONCE_BYTES = 256 * 1024
 HOUSEKEEPING_S = 0.5
+STRANGERS_S = 10.0
 MAX_IDLE_BUFFERS = 16
 # A little below where eviction ends.
 CROWDED = 0.85
@@ -44,13 +45,15 @@ Fetch = Callable[[int, memoryview], Awaitable[bool]]
 class CachedFile:
     """A version of a file. `filling` has an event for each extent that somebody fetches now.
 
+    `index` tells of its bytes, and no other does: memory has another one after a failure.
     `unset`: the identity for which the index does not yet say that this is the present version.
     """
 
-    __slots__ = ("_mapped", "fd", "filling", "key", "size_bytes", "unset")
+    __slots__ = ("_mapped", "fd", "filling", "index", "key", "size_bytes", "unset")
 
-    def __init__(self, key: bytes, size_bytes: int, fd: int, unset: bytes | None) -> None:
+    def __init__(self, key: bytes, index: Index, size_bytes: int, fd: int, unset: bytes | None) -> None:
         self.key = key
+        self.index = index
         self.unset = unset
         self.size_bytes = size_bytes
         self.fd = fd
@@ -90,6 +93,8 @@ class Store:
         # On their way to a disk.
         self._leaving: deque[Leaving] = deque()
         self._demotions = trio.Event()
+        self._writing = False
+        self._written = trio.Event()
 
     @property
     def tiers(self) -> list[Tier]:
@@ -99,11 +104,13 @@ class Store:
         """Evict, demote, probe and note what was used, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write_demoted)
+            nursery.start_soon(self._remove_strangers)
             while True:
                 with trio.move_on_after(HOUSEKEEPING_S):
                     await self._evict.wait()
                 self._evict = trio.Event()
-                self.memory.index.rest()
+                if self.memory.usable():
+                    self.memory.index.rest()
                 await trio.to_thread.run_sync(self._keep_house, abandon_on_cancel=True)
 
     def close(self) -> None:
@@ -114,22 +121,23 @@ class Store:
 
     def file(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> CachedFile | None:
         """This version of the file; None when it can have no place. Other versions of it are dropped."""
+        if not size_bytes or not self.memory.usable():
+            return None
         key = file_key(identity, size_bytes, mtime_ns, ctime_ns)
         file = self._files.get(key)
-        if file is not None:
+        if file is not None and file.index is self.memory.index:
             self._files.move_to_end(key)
             return file
-        if not size_bytes:
-            return None
         digest = xxhash.xxh3_128_digest(identity)
         try:
             present = self.memory.index.present_version(digest)
             if present is not None and present != key:
                 self._drop(present)
-            file = CachedFile(key, size_bytes, self.memory.open(key, size_bytes), digest if present != key else None)
+            fd = self.memory.open(key, size_bytes)
         except (OSError, lmdb.Error) as error:
-            log.warning("no room in the cache: %s", error)
+            self._not_kept(error)
             return None
+        file = CachedFile(key, self.memory.index, size_bytes, fd, digest if present != key else None)
         self._files[key] = file
         if len(self._files) > MAX_FILES:
             # Whoever still reads from it holds its memory; it is unmapped after that.
@@ -138,6 +146,13 @@ class Store:
 
     def get(self, file: CachedFile, offset: int, length_bytes: int) -> memoryview | None:
         """The bytes, if all of them are in memory. The answer is good until the next await."""
+        try:
+            return self._get(file, offset, length_bytes) if self._knows(file) else None
+        except lmdb.Error as error:
+            self._not_kept(error)
+            return None
+
+    def _get(self, file: CachedFile, offset: int, length_bytes: int) -> memoryview | None:
         memory, end = self.memory, offset + length_bytes
         index, key = memory.index, file.key
         index.renew()
@@ -157,15 +172,30 @@ class Store:
 
     def has(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> bool:
         """Whether memory has all of this version; a few µs for a small file, which is not opened."""
+        if not self.memory.usable():
+            return False
         key = file_key(identity, size_bytes, mtime_ns, ctime_ns)
-        self.memory.index.renew()
         extents = range(-(-size_bytes // EXTENT_BYTES))
-        return not any(_mask(n, 0, size_bytes) & ~self.memory.index.mask(key, n) for n in extents)
+        try:
+            self.memory.index.renew()
+            return not any(_mask(n, 0, size_bytes) & ~self.memory.index.mask(key, n) for n in extents)
+        except lmdb.Error as error:
+            self._not_kept(error)
+            return False
 
     def missing(self, file: CachedFile, number: int, offset: int, end: int) -> range | None:
-        """The chunks of the extent between `offset` and `end` of the file that memory lacks, as one run."""
-        self.memory.index.renew()
-        lacking = _mask(number, offset, end) & ~self.memory.index.mask(file.key, number)
+        """The chunks of the extent between `offset` and `end` of the file that memory lacks, as one run.
+
+        None as well where memory can have none of them.
+        """
+        if not self._knows(file):
+            return None
+        try:
+            self.memory.index.renew()
+            lacking = _mask(number, offset, end) & ~self.memory.index.mask(file.key, number)
+        except lmdb.Error as error:
+            self._not_kept(error)
+            return None
         if not lacking:
             return None
         return range((lacking & -lacking).bit_length() - 1, lacking.bit_length())
@@ -229,16 +259,77 @@ class Store:
 
     # -- for the commands --------------------------------------------------------------------------
 
+    @property
+    def room_bytes(self) -> int:
+        """How much can be here at once: memory's blocks are on the disks too, where there are any."""
+        disks_bytes = sum(disk.capacity_bytes for disk in self.disks if disk.usable())
+        return int(HIGH_WATER * max(disks_bytes, self.memory.capacity_bytes))
+
+    async def on_disk(self, key: bytes, number: int, size_bytes: int) -> bool:
+        """Whether a disk has the whole extent."""
+        wanted = _mask(number, 0, size_bytes)
+        for disk in self.disks:
+            if disk.usable() and not wanted & ~await trio.to_thread.run_sync(disk.mask, key, number):
+                return True
+        return False
+
+    async def save(self, key: bytes, number: int) -> bool:
+        """Prefer an extent that memory has to what was only read once, and write it to a disk. False: it is gone.
+
+        Waits for a disk that is slower than the caller.
+        """
+        try:
+            with self.memory.index.change() as txn:
+                txn.promote(key, number)
+        except (OSError, lmdb.Error) as error:
+            self._not_kept(error)
+        saved = not self.disks or await trio.to_thread.run_sync(self._save, key, number)
+        while self._leaving_bytes() > MAX_LEAVING_BYTES // 2:
+            await self._written.wait()
+        return saved
+
+    async def saved(self) -> None:
+        """Until all that is on its way to a disk is there."""
+        while self._leaving or self._writing:
+            await self._written.wait()
+
+    def _save(self, key: bytes, number: int) -> bool:
+        record = self.memory.index.look(key, number)
+        victim = Victim(key, number, record) if record is not None else None
+        disk = self._disk_of(victim) if victim is not None else None
+        if victim is None or disk is None or not disk.lacks(victim):
+            return victim is not None
+        leaving = self.memory.take_out(victim)
+        if leaving is not None:
+            self._leaving.append(leaving)
+            trio.from_thread.run_sync(self._demotions.set)
+        return leaving is not None
+
     def cached_bytes(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> dict[str, int]:
-        """How much of the file each tier has, every chunk verified. Blocks: for a thread."""
+        """How much of the file each tier has, and all of them together ("any"), every chunk verified.
+
+        Blocks: for a thread.
+        """
         key = file_key(identity, size_bytes, mtime_ns, ctime_ns)
-        return {tier.name: tier.verified_bytes(key, size_bytes) for tier in self.tiers if tier.usable()}
+        together: dict[int, int] = {}
+        told: dict[str, int] = {}
+        for tier in self.tiers:
+            if tier.usable():
+                here = tier.verified(key, size_bytes)
+                told[tier.name] = _bytes_in(here, size_bytes)
+                for number, mask in here.items():
+                    together[number] = together.get(number, 0) | mask
+        return {**told, "any": _bytes_in(together, size_bytes)}
 
     def evict_file(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> None:
         """Forget the file in all tiers. Blocks: for a thread."""
         key = file_key(identity, size_bytes, mtime_ns, ctime_ns)
         for tier in self.tiers:
-            tier.drop_file(key)
+            if tier.usable():
+                try:
+                    tier.drop_file(key)
+                except (OSError, lmdb.Error) as error:
+                    tier.trouble(error)
 
     def resize(self, name: str, capacity_bytes: int) -> bool:
         """Another quota for a tier; eviction follows. False: there is no such tier. Blocks: for a thread."""
@@ -263,14 +354,25 @@ class Store:
 
     # -- parts -------------------------------------------------------------------------------------
 
+    def _knows(self, file: CachedFile) -> bool:
+        """Whether memory's index tells of this file's bytes: not of one from before a failure."""
+        return self.memory.usable() and file.index is self.memory.index
+
+    def _not_kept(self, error: Exception) -> None:
+        """Memory goes on without some bytes; one with a damaged index is taken out."""
+        if isinstance(error, DAMAGE):
+            self.memory.fail(error)
+        else:
+            log.info("no room in the cache: %s", error)
+
     def _has_room(self) -> bool:
         """Whether an extent more may come; near the end of the room eviction is told."""
         self._until_look -= 1
         if self._until_look <= 0:
             try:
                 pressure = self.memory.pressure()
-            except OSError as error:
-                log.info("no room in the cache: %s", error)
+            except (OSError, lmdb.Error) as error:
+                self._not_kept(error)
                 return False
             # Looking takes 10 µs, so far from a full tier it is not done for each extent.
             room_bytes = (HIGH_WATER - pressure) * self.memory.capacity_bytes
@@ -287,7 +389,7 @@ class Store:
             with self.memory.index.change() as txn:
                 self._claim(txn, file, number)
         except (OSError, lmdb.Error) as error:
-            log.info("no room in the cache: %s", error)
+            self._not_kept(error)
             return False
         file.unset = None
         return True
@@ -305,6 +407,8 @@ class Store:
             for start in range(0, len(data), CHUNK_BYTES)
         ]
         offset = number * EXTENT_BYTES + first * CHUNK_BYTES
+        if not self._knows(file):
+            return False
         try:
             if not reserve:
                 _write(file.fd, data, offset)
@@ -317,7 +421,7 @@ class Store:
                     _write(file.fd, data, offset)
                 kept = txn.add(file.key, number, sums)
         except (OSError, lmdb.Error) as error:
-            log.info("no room in the cache: %s", error)
+            self._not_kept(error)
             return False
         file.unset = None
         return kept
@@ -352,17 +456,24 @@ class Store:
                     tier.evict(demote if tier is self.memory else None)
                 tier.punch_due()
             except (OSError, lmdb.Error) as error:
-                if tier is self.memory:
+                if tier is self.memory and not isinstance(error, DAMAGE):
                     log.warning("memory cache: %s", error)
                 else:
                     tier.trouble(error)
+
+    async def _remove_strangers(self) -> None:
+        while True:
+            for tier in self.tiers:
+                if tier.usable():
+                    await trio.to_thread.run_sync(tier.remove_strangers, abandon_on_cancel=True)
+            await trio.sleep(STRANGERS_S)
 
     def _demote(self, victim: Victim, take_out: Callable[[Victim], Leaving | None]) -> None:
         """Queue what memory evicts for a disk; when the disks are slower than the readers, some of it is lost."""
         disk = self._disk_of(victim)
         if disk is None or not disk.lacks(victim):
             return  # most of what is read from a disk leaves memory like this
-        if sum(len(leaving.data) for leaving in self._leaving) < MAX_LEAVING_BYTES:
+        if self._leaving_bytes() < MAX_LEAVING_BYTES:
             leaving = take_out(victim)
             if leaving is not None:
                 self._leaving.append(leaving)
@@ -373,7 +484,14 @@ class Store:
             await self._demotions.wait()
             self._demotions = trio.Event()
             while self._leaving:
+                self._writing = True
                 await trio.to_thread.run_sync(self._write_leaving, abandon_on_cancel=True)
+                self._writing = False
+                self._written.set()
+                self._written = trio.Event()
+
+    def _leaving_bytes(self) -> int:
+        return sum(len(leaving.data) for leaving in tuple(self._leaving))
 
     def _write_leaving(self) -> None:
         batch = [self._leaving.popleft() for _ in range(len(self._leaving))]
@@ -398,3 +516,11 @@ def _mask(number: int, offset: int, end: int) -> int:
     high = min(-(-(end - start) // CHUNK_BYTES), CHUNKS)
     return (1 << high) - (1 << low)
 
+
+
+def _bytes_in(masks: Mapping[int, int], size_bytes: int) -> int:
+    """Bytes of a file of that size in these chunks of its extents; the last chunk may be a short one."""
+    total = sum(mask.bit_count() for mask in masks.values()) * CHUNK_BYTES
+    last = (size_bytes - 1) // CHUNK_BYTES
+    short = masks.get(last // CHUNKS, 0) >> last % CHUNKS & 1
+    return total - (-size_bytes % CHUNK_BYTES if short else 0)

@@ -1,8 +1,9 @@
 """One tier of the cache: a directory of sparse files, their index, a quota.
 
-`data/ab/cdef…` holds the bytes of one version of one file at their own offsets. Files are punched and removed
-inside transactions of the index, so processes that share the tier agree on them; and only in one that comes after
-that which took their records out, for that one may fail: a full file system has no room for a commit either.
+`data-…/ab/cdef…` holds the bytes of one version of one file at their own offsets; each index has a `data-…` of its
+own, so that one which was deleted or put aside while somebody uses it does no harm to the next. Files are punched and
+removed inside transactions of the index, so processes that share the tier agree on them; and only in one that comes
+after that which took their records out, for that one may fail: a full file system has no room for a commit either.
 
 A tier in memory is read through mappings (`store.py`), so an evicted extent is punched only when no
 process still looks at a state of the index that has it. A tier on a disk is read with `read_chunks`, which
@@ -42,6 +43,10 @@ VICTIMS_AT_ONCE = 16
 TOUCHES_AT_ONCE = 128
 STALE_RESERVATION_S = 120
 PROBE_S = 10.0
+# Reading an index before it is used, as a rule and after a crash.
+TRY_S, TRY_ALL_S = 0.1, 5.0
+# How many indexes that were put aside are kept, for who wants to know what happened.
+MAX_ASIDE = 3
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -82,7 +87,11 @@ class Counters:
 class Tier:
     """An open tier. Raises OSError when the directory cannot be used."""
 
-    def __init__(self, name: str, directory: Path, capacity_bytes: int, *, in_memory: bool) -> None:
+    def __init__(
+        self, name: str, directory: Path, capacity_bytes: int, *, in_memory: bool, keep_capacity: bool = False,
+        try_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """keep_capacity: the one that was last set holds. try_s: how long the index is tried out first."""
         self.name = name
         self.directory = directory
         self.in_memory = in_memory
@@ -94,12 +103,15 @@ class Tier:
         self._to_punch: deque[tuple[int, bytes, int]] = deque()
         # One thread evicts and punches at a time: the one that keeps house, or one that looks for room.
         self._evicting = threading.RLock()
-        self._data = f"{directory}/data"
         self._damaged = False
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (directory / "data").mkdir(mode=0o700, exist_ok=True)
         self.capacity_bytes = capacity_bytes
-        self.index = _open_index(directory, capacity_bytes, durable=not in_memory)
+        self.index = _open_index(directory, durable=not in_memory, try_s=try_s)
+        set_bytes = self.index.totals()[2]
+        if keep_capacity and set_bytes:
+            self.capacity_bytes = set_bytes
+        else:
+            self.set_capacity(capacity_bytes)
 
     def close(self) -> None:
         self.index.close()
@@ -123,7 +135,11 @@ class Tier:
         """How full the tier is by the tightest of its quotas: bytes, items, free space; 1.0 is full."""
         used_bytes, items, capacity_bytes = self.index.totals()
         self.capacity_bytes = capacity_bytes or self.capacity_bytes
-        status = os.statvfs(self.directory)
+        try:
+            status = os.statvfs(self.directory)
+        except FileNotFoundError:  # somebody removed it; the index goes on without a name
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            status = os.statvfs(self.directory)
         taken = 1 - status.f_bavail / max(1, status.f_blocks)
         return max(
             used_bytes / max(1, self.capacity_bytes), items / MAX_ITEMS,
@@ -134,7 +150,7 @@ class Tier:
 
     def path(self, key: bytes) -> str:
         name = key.hex()
-        return f"{self._data}/{name[:2]}/{name[2:]}"
+        return f"{self.directory}/{self.index.data}/{name[:2]}/{name[2:]}"
 
     def open(self, key: bytes, size_bytes: int) -> int:
         """The file's fd, for reading and writing; the file is made when it is not there. Raises OSError."""
@@ -158,37 +174,45 @@ class Tier:
             txn.remove_file(key)
         self._unlink_empty((key,))
 
-    def verified_bytes(self, key: bytes, size_bytes: int) -> int:
-        """How much of the file is here and as its sums say. Blocks."""
-        total = 0
+    def verified(self, key: bytes, size_bytes: int) -> dict[int, int]:
+        """The chunks of the file that are here and as their sums say: a mask for each extent. Blocks."""
+        found: dict[int, int] = {}
         buffer = memoryview(bytearray(CHUNK_BYTES))
         try:
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for number in range(-(-size_bytes // EXTENT_BYTES)):
+                    record = self.index.look(key, number)
+                    for chunk in range(CHUNKS) if record is not None else ():
+                        assert record is not None
+                        if record.mask >> chunk & 1:
+                            start = number * EXTENT_BYTES + chunk * CHUNK_BYTES
+                            n = os.preadv(fd, [buffer[: max(0, min(CHUNK_BYTES, size_bytes - start))]], start)
+                            if checksum(buffer[:n]) == record.sum_of(chunk):
+                                found[number] = found.get(number, 0) | 1 << chunk
+                            else:
+                                self.found_bad(key, number, chunk, record)
+            finally:
+                os.close(fd)
         except FileNotFoundError:
-            return 0
-        try:
-            for number in range(-(-size_bytes // EXTENT_BYTES)):
-                record = self.index.look(key, number)
-                for chunk in range(CHUNKS) if record is not None else ():
-                    assert record is not None
-                    if record.mask >> chunk & 1:
-                        start = number * EXTENT_BYTES + chunk * CHUNK_BYTES
-                        n = os.preadv(fd, [buffer[: max(0, min(CHUNK_BYTES, size_bytes - start))]], start)
-                        if checksum(buffer[:n]) == record.sum_of(chunk):
-                            total += n
-                        else:
-                            self.found_bad(key, number, chunk, record)
+            self._forget_lost(key)
         except (OSError, lmdb.Error) as error:
             self.trouble(error)
-        finally:
-            os.close(fd)
-        return total
+        return found
 
     def clear(self) -> None:
         with self.index.change() as txn:
             txn.forget_all()
-        paths = (self.directory / "data").glob("*/*")
+        paths = (self.directory / self.index.data).glob("*/*")
         self._unlink_empty(bytes.fromhex(path.parent.name + path.name) for path in paths)
+
+    def remove_strangers(self) -> None:
+        """Remove files of which no index tells, and old indexes that were put aside. Blocks."""
+        aside = sorted(self.directory.glob("index.bad-[0-9]*"))
+        names = self.directory.glob("data-" + "[0-9a-f]" * 8)  # never what a user may have there
+        strangers = [path for path in names if path.name != self.index.data]
+        for path in [*aside[:-MAX_ASIDE], *strangers]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def usable(self) -> bool:
         """False while a failing disk is out."""
@@ -214,12 +238,21 @@ class Tier:
             finally:
                 os.close(fd)
         except FileNotFoundError:
-            return 0  # evicted since
+            self._forget_lost(key)
+            return 0
         except (OSError, lmdb.Error) as error:
             self.trouble(error)
             return 0
         finally:
             self._reading -= 1
+
+    def _forget_lost(self, key: bytes) -> None:
+        """The file is not there: evicted since, or removed by somebody, and then the index does not know it."""
+        try:
+            if self.index.has_file(key):
+                self.drop_file(key)
+        except (OSError, lmdb.Error) as error:
+            self.trouble(error)
 
     def _read(self, fd: int, key: bytes, number: int, record: Record, first: int, target: memoryview) -> int:
         os.preadv(fd, [target], number * EXTENT_BYTES + first * CHUNK_BYTES)
@@ -260,7 +293,7 @@ class Tier:
                 return  # they came from here
             with self.index.change() as txn:
                 for extent in new:
-                    txn.reserve(extent.victim.key, extent.victim.number)
+                    txn.reserve(extent.victim.key, extent.victim.number, queue=extent.victim.record.queue)
             inodes = [self._write(extent) for extent in new]
             with self.index.change() as txn:
                 for (victim, _, _), inode in zip(new, inodes, strict=True):
@@ -273,14 +306,18 @@ class Tier:
         except (OSError, lmdb.Error) as error:
             self.trouble(error)
 
-    def lacks(self, victim: Victim) -> bool:
-        """Whether the extent has chunks that are not here. Blocks."""
+    def mask(self, key: bytes, number: int) -> int:
+        """The chunks of the extent that are here. Blocks."""
         try:
-            here = self.index.look(victim.key, victim.number)
+            here = self.index.look(key, number)
         except lmdb.Error as error:
             self.trouble(error)
-            return False
-        return here is None or bool(victim.record.mask & ~here.mask)
+            return 0
+        return here.mask if here is not None else 0
+
+    def lacks(self, victim: Victim) -> bool:
+        """Whether the extent has chunks that are not here. Blocks."""
+        return bool(victim.record.mask & ~self.mask(victim.key, victim.number))
 
     def _write(self, leaving: Leaving) -> int:
         """Write the extent's chunks to their file; returns the file's inode number."""
@@ -327,7 +364,7 @@ class Tier:
                 break
             if demote is not None:
                 for victim in victims:
-                    demote(victim, self._take_out)
+                    demote(victim, self.take_out)
             self._remove(victims)
             evicted += len(victims)
             # The space of a tier in memory comes back only with the next punch.
@@ -335,7 +372,7 @@ class Tier:
         self.counters.evictions += evicted
         return evicted > 0
 
-    def _take_out(self, victim: Victim) -> Leaving | None:
+    def take_out(self, victim: Victim) -> Leaving | None:
         """The victim's bytes, if they are still what their sums say."""
         try:
             fd = os.open(self.path(victim.key), os.O_RDONLY | os.O_CLOEXEC)
@@ -404,7 +441,7 @@ class Tier:
             self.fail(error)
             return
         freed_bytes, gone = 0, []
-        for path in (self.directory / "data").glob("*/*"):
+        for path in (self.directory / self.index.data).glob("*/*"):
             with contextlib.suppress(OSError):
                 freed_bytes += path.stat().st_blocks * 512
                 path.unlink()
@@ -432,7 +469,6 @@ class Tier:
             return
         path = self.directory / "probe"
         try:
-            (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
             path.write_bytes(b"x" * 4096)
             fd = os.open(path, os.O_RDWR)
             try:
@@ -445,7 +481,8 @@ class Tier:
             if self._damaged:
                 _put_aside(self.directory, "index is damaged")
                 self._damaged = False
-            self.index = _open_index(self.directory, self.capacity_bytes, durable=not self.in_memory)
+            self.index = _open_index(self.directory, durable=not self.in_memory, try_s=TRY_S)
+            self.set_capacity(self.capacity_bytes)
         except (OSError, lmdb.Error, Unusable) as error:
             log.debug("%s cache: still out: %s", self.name, error)
             self.failed_at = time.monotonic()
@@ -454,46 +491,40 @@ class Tier:
         log.warning("%s cache: %s is taken back", self.name, self.directory)
 
 
-def _open_index(directory: Path, capacity_bytes: int, *, durable: bool) -> Index:
+def _open_index(directory: Path, *, durable: bool, try_s: float) -> Index:
     """The index; one that cannot be used is put aside, and with it all that it alone knew the way to."""
-    if _crashes_on_open(directory, durable=durable):
+    if try_s and _fails(directory, durable=durable, try_s=try_s):
         _put_aside(directory, "reading it fails")
-    for last_try in (False, True):
-        try:
-            index = Index(directory, durable=durable)
-            with index.change() as txn:
-                txn.set_capacity(capacity_bytes)
-            return index
-        except (Unusable, *DAMAGE) as error:
-            if last_try:
-                raise Unusable(str(error)) from None
-            _put_aside(directory, str(error))
-    raise AssertionError
+    try:
+        return Index(directory, durable=durable)
+    except (Unusable, *DAMAGE) as error:
+        _put_aside(directory, str(error))
+    try:
+        return Index(directory, durable=durable)
+    except DAMAGE as error:
+        raise Unusable(str(error)) from None
 
 
 def _put_aside(directory: Path, why: str) -> None:
-    aside = directory / f"index.bad-{int(time.time())}"
+    aside = directory / f"index.bad-{time.time():.6f}"
     log.error("cache in %s: %s; put aside as %s, the cache starts empty", directory, why, aside.name)
-    os.rename(directory / "index.lmdb", aside)
-    shutil.rmtree(directory / "data", ignore_errors=True)
-    (directory / "data").mkdir(mode=0o700)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(directory / "index.lmdb", aside)
 
 
-def _crashes_on_open(directory: Path, *, durable: bool) -> bool:
-    """Read a damaged index in a child process: LMDB trusts its file, and may take who reads it down."""
-    if not durable or not (directory / "index.lmdb").exists():
-        return False  # in memory nothing outlives a crash of the machine, which is what damages files
+def _fails(directory: Path, *, durable: bool, try_s: float) -> bool:
+    """Try the index out in a child process: LMDB trusts its file, and may take who reads a damaged one down."""
+    if not (directory / "index.lmdb").exists():
+        return False
     child = os.fork()
     if child == 0:
         try:
-            index = Index(directory, durable=durable)
-            ends = time.monotonic() + 0.1
-            for _ in index.walk():
-                if time.monotonic() > ends:
-                    break
+            Index(directory, durable=durable).try_out(try_s)
             os._exit(0)
-        except Unusable:
-            os._exit(0)  # the parent meets it too, and says why
+        except DAMAGE:
+            os._exit(1)
+        except (Unusable, OSError, lmdb.Error):
+            os._exit(0)  # the parent meets it too, and says why; a full disk is no damage
         except BaseException:
             os._exit(1)
     return os.waitpid(child, 0)[1] != 0

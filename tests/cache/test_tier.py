@@ -9,7 +9,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES
+from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES, Victim
 from efcfs.cache.tier import Tier, checksum
 from tests.place import small_tmpfs
 
@@ -72,3 +72,24 @@ def test_a_file_that_somebody_removed_is_not_believed_to_have_its_bytes(tmp_path
     os.close(tier.open(key, EXTENT_BYTES))
     assert tier.index.look(key, 0) is None
     tier.close()
+
+
+def test_what_one_tier_evicts_the_next_one_has_though_its_file_is_new_there(tmp_path: Path) -> None:
+    memory = Tier("mem", tmp_path / "mem", 64 * MIB, in_memory=True)
+    disk = Tier("ssd0", tmp_path / "ssd", 64 * MIB, in_memory=False)
+    files = {bytes([number]) * 16: os.urandom(100_000 + number) for number in range(8)}
+    leaving = []
+    for key, data in files.items():
+        fill(memory, key, data)
+        record = memory.index.look(key, 0)
+        assert record is not None
+        taken = memory.take_out(Victim(key, 0, record))
+        assert taken is not None
+        leaving.append(taken)
+    disk.write_extents(leaving)
+    for key, data in files.items():
+        target = memoryview(bytearray(len(data)))
+        assert disk.read_chunks(key, 0, 0, target) == 0b11
+        assert target == data
+    memory.close()
+    disk.close()

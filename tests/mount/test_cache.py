@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from efcfs.control import cache_dir
-from tests.bed import Ganesha, Mount, Proxy
+from tests.bed import Ganesha, Mount, Proxy, efcfs
 from tests.place import wait_until
 
 MIB = 1024 * 1024
@@ -263,7 +263,7 @@ def test_flipped_bits_on_the_disk_are_a_miss_and_are_counted(
     data = random.Random(9).randbytes(64 * MIB)
     (export / "data").write_bytes(data)
     read_until_on_disk(watched, here / "data", data, 40 * MIB)
-    for path in (tmp_path / "ssd" / "data").glob("*/*"):
+    for path in (tmp_path / "ssd").glob("data-*/*/*"):
         with open(path, "r+b") as file:
             for offset in range(0, len(data), 64 * 1024):
                 byte = os.pread(file.fileno(), 1, offset + 77)
@@ -278,7 +278,7 @@ def test_flipped_bits_in_memory_are_found_with_verify_all(server: Ganesha, expor
     with Watched(server, tmp_path / "mnt", "mem=2g,verify=all") as watched:
         path = watched.mount.path / export.name / "data"
         assert read(path) == data
-        for cached in cache_dir(0).glob("data/*/*"):
+        for cached in cache_dir(0).glob("data-*/*/*"):
             if cached.stat().st_size == len(data):
                 with open(cached, "r+b") as file:
                     byte = os.pread(file.fileno(), 1, MIB)
@@ -315,6 +315,56 @@ def test_an_index_deleted_while_running_costs_nothing_but_the_cache(
         assert read(watched.mount.path / export.name / "data") == data
 
 
+def test_an_index_deleted_under_a_mount_does_no_harm_to_the_next(
+    server: Ganesha, export: Path, tmp_path: Path
+) -> None:
+    data = random.Random(22).randbytes(40 * MIB)
+    (export / "data").write_bytes(data)
+    with Watched(server, tmp_path / "one", "mem=2g") as one:
+        assert read(one.mount.path / export.name / "data") == data
+        shutil.rmtree(cache_dir(0) / "index.lmdb")
+        with Watched(server, tmp_path / "two", "mem=2g") as two:
+            assert read(two.mount.path / export.name / "data") == data
+            # Each has an index of its own now, and what the one evicts is not what the other has.
+            assert efcfs("cache", "resize", str(one.mount.path), "mem", "20m").returncode == 0
+            wait_until(lambda: int(str(one.tier("mem")["used_bytes"])) <= 20 * MIB)
+            assert read(two.mount.path / export.name / "data") == data
+            assert read(one.mount.path / export.name / "data") == data
+            assert int(str(two.tier("mem")["used_bytes"])) >= len(data)
+
+
+def test_files_of_which_no_index_tells_are_removed(server: Ganesha, export: Path, tmp_path: Path) -> None:
+    data = random.Random(23).randbytes(40 * MIB)
+    (export / "data").write_bytes(data)
+    ssd = tmp_path / "ssd"
+    (ssd / "data").mkdir(parents=True)  # of the user, who put it there before
+    for _ in range(2):
+        with Watched(server, tmp_path / "mnt", f"mem=16m,ssd={ssd}:1g") as watched:
+            read_until_on_disk(watched, watched.mount.path / export.name / "data", data, 20 * MIB)
+            wait_until(lambda: len(list(ssd.glob("data*"))) == 2)
+        shutil.rmtree(ssd / "index.lmdb")
+    assert (ssd / "data").is_dir()
+
+
+def test_files_removed_from_a_disk_come_back_to_it(
+    small_memory: tuple[Watched, Path], export: Path, tmp_path: Path
+) -> None:
+    watched, here = small_memory
+    data = random.Random(24).randbytes(64 * MIB)
+    (export / "data").write_bytes(data)
+    read_until_on_disk(watched, here / "data", data, 40 * MIB)
+    for directory in (tmp_path / "ssd").glob("data-*"):
+        shutil.rmtree(directory)
+
+    def from_the_disk() -> bool:
+        before = watched.fetched()
+        assert read(here / "data") == data
+        return watched.fetched() - before < len(data) - 20 * MIB
+
+    assert not from_the_disk()
+    wait_until(from_the_disk, timeout_s=30)
+
+
 def test_a_full_dev_shm_costs_nothing_but_the_cache(server: Ganesha, export: Path, tmp_path: Path) -> None:
     data = random.Random(14).randbytes(48 * MIB)
     (export / "data").write_bytes(data)
@@ -341,6 +391,47 @@ def test_a_full_dev_shm_costs_nothing_but_the_cache(server: Ganesha, export: Pat
     )
     assert (done.returncode, done.stderr) == (0, ""), done
     assert done.stdout.split() == ["data"]
+
+
+@pytest.mark.parametrize("when", ["between two mounts", "while mounted"])
+def test_a_damaged_index_in_memory_costs_nothing_but_the_cache(
+    server: Ganesha, export: Path, tmp_path: Path, when: str
+) -> None:
+    for name in ("one", "two"):
+        (export / name).write_bytes(random.Random(name).randbytes(48 * MIB))
+    (tmp_path / "mnt").mkdir()
+    efcfs = f"{sys.executable} -m efcfs.cli.main"
+    ports = f"port={server.port},mountport={server.mount_port}"
+    mount = f"{efcfs} mount -o {ports} 127.0.0.1:{server.export} {tmp_path}/mnt"
+    (tmp_path / "damage.py").write_text(
+        f"with open({str(cache_dir(0) / 'index.lmdb' / 'data.mdb')!r}, 'r+b', buffering=0) as file:\n"
+        "    size_bytes = file.seek(0, 2)\n"
+        "    file.seek(8192)  # all but what tells where the index begins\n"
+        "    file.write(bytes(size_bytes - 8192))\n"
+    )
+    anew = f"{efcfs} umount {tmp_path}/mnt; {mount}" if when == "between two mounts" else ""
+    # In a mount namespace of its own: nobody else's cache is damaged.
+    script = f"""
+        set -e
+        mount -t tmpfs small /dev/shm
+        {mount}
+        cmp {tmp_path}/mnt/{export.name}/one {export}/one
+        {anew.partition("; ")[0]}
+        python3 {tmp_path}/damage.py
+        {anew.partition("; ")[2]}
+        for round in 1 2 3; do
+            echo 3 > /proc/sys/vm/drop_caches
+            cmp {tmp_path}/mnt/{export.name}/one {export}/one
+            cmp {tmp_path}/mnt/{export.name}/two {export}/two
+        done
+        until {efcfs} cache info {tmp_path}/mnt | grep ' up '; do sleep 0.2; done
+        cmp {tmp_path}/mnt/{export.name}/one {export}/one
+        {efcfs} umount {tmp_path}/mnt
+    """
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
 
 
 def test_a_disk_that_fills_up_or_turns_read_only_costs_nothing_but_the_cache(
