@@ -19,6 +19,10 @@ MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME = 1024, 2048, 1 << 21, 1 
 
 
 MIN_DIRTY_BYTES = 16 * 1024**2
+# Of the cache in memory: an extent for each stream that is read, and some.
+MIN_MEM_BYTES = 16 * 1024**2
+# They travel in messages of 64 KiB.
+MAX_RULES_BYTES = 32 * 1024
 
 
 class UsageError(Exception):
@@ -166,7 +170,9 @@ def memory_bytes() -> int:
 def _mem(text: str) -> dict[str, object]:
     wanted = size_bytes(text, f"option mem={text}", memory_bytes())
     if wanted > memory_bytes():
-        raise UsageError(f"option mem={text}: the machine has {memory_bytes() >> 20} MiB of memory")
+        raise UsageError(f"option mem={text}: the machine has {memory_bytes() >> 20} MiB of memory: ask for less")
+    if 0 < wanted < MIN_MEM_BYTES:
+        raise UsageError(f"option mem={text}: too small to be of use: at least 16m, or 0 for no cache")
     return {"mem_bytes": wanted}
 
 
@@ -180,7 +186,10 @@ def _dirty(text: str) -> dict[str, object]:
 def _rules(text: str) -> dict[str, object]:
     try:
         with open(text, encoding="utf-8", errors="surrogateescape") as file:
-            return {"rules": tuple(parse_rules(file.read()))}
+            found = file.read(MAX_RULES_BYTES + 1)
+        if len(found) > MAX_RULES_BYTES:
+            raise UsageError(f"option rules={text}: more than {MAX_RULES_BYTES >> 10} KiB: say it in fewer patterns")
+        return {"rules": tuple(parse_rules(found))}
     except OSError as error:
         raise UsageError(f"option rules={text}: {error.strerror}: name a file of lines PATTERN MODE") from None
     except RuleError as error:
@@ -191,7 +200,10 @@ def _ssd(text: str) -> dict[str, object]:
     path, colon, size = text.rpartition(":")
     if not colon or not path.startswith("/"):
         raise UsageError(f"option ssd={text}: expected a directory and a size, as in ssd=/var/cache/efcfs:200g")
-    return {"ssd": ((path, size_bytes(size, f"option ssd={text}")),)}
+    wanted = size_bytes(size, f"option ssd={text}")
+    if not wanted:
+        raise UsageError(f"option ssd={text}: nothing fits into 0 bytes: leave the option out, or give it room")
+    return {"ssd": ((path, wanted),)}
 
 
 _AC_FIELDS = ("acregmin_s", "acregmax_s", "acdirmin_s", "acdirmax_s")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
-MAX_REQUEST_BYTES = 65536
+MAX_REQUEST_BYTES = 1024 * 1024
 
 Answer = dict[str, object]
 Command = Callable[[Answer], Coroutine[object, object, Answer]]

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import trio
@@ -22,8 +22,8 @@ import trio
 from efcfs import __version__, control
 from efcfs.cache.index import Unusable
 from efcfs.cache.store import Store
-from efcfs.cache.tier import Tier
-from efcfs.config import MountConfig, memory_bytes
+from efcfs.cache.tier import TRY_ALL_S, TRY_S, Tier
+from efcfs.config import MIN_MEM_BYTES, MountConfig, memory_bytes
 from efcfs.fuse.notify import KernelCaches, resend
 from efcfs.fuse.operations import Operations
 from efcfs.fuse.session import serve
@@ -47,7 +47,6 @@ RECONNECT_S = 1.0
 LINKS_UP_S = 1.0
 DRAIN_S = 2.0
 DEFAULT_MEM_BYTES = 1024**3
-MIN_MEM_BYTES = 16 * 1024**2
 
 
 async def run(keeper: socket.socket, request: Asked) -> None:
@@ -58,7 +57,7 @@ async def run(keeper: socket.socket, request: Asked) -> None:
         assert isinstance(values, dict)
         config = MountConfig.from_json(values)
         check_version(state_dir)
-        store = open_store(config)
+        store = open_store(config, request)
         async with connected(config, state_dir, request) as client:
             say(keeper, connected=True)
             await trio.lowlevel.wait_readable(keeper)
@@ -120,7 +119,14 @@ class Mount:
         return describe(self._client, self._config, self._request, self._store, self._fs)
 
     async def _tell_config(self, _: control.Answer) -> control.Answer:
-        return self._config.to_json()
+        """With the sizes that `efcfs cache resize` has set: an upgrade starts from what is told here."""
+        config, store = self._config, self._store
+        if store is not None:
+            sizes = {str(disk.directory): disk.capacity_bytes for disk in store.disks}
+            config = replace(config, ssd=tuple((path, sizes.get(str(Path(path)), size)) for path, size in config.ssd))
+            if config.mem_bytes is not None:
+                config = replace(config, mem_bytes=store.memory.capacity_bytes)
+        return config.to_json()
 
     async def _ask_for_upgrade(self, asked: control.Answer) -> control.Answer:
         if self._upgrade is not None:
@@ -233,22 +239,36 @@ async def finish(fs: FileSystem, config: MountConfig) -> None:
         log.error("%s: %d bytes could not be written", config.mountpoint, fs.writer.dirty_bytes)
 
 
-def open_store(config: MountConfig) -> Store | None:
+def open_store(config: MountConfig, request: Asked) -> Store | None:
     """The cache. What cannot be used is left out: a mount does not fail because of its cache."""
+    # A daemon that replaces a dead one keeps the sizes that `efcfs cache resize` has set, and a mount that asks for
+    # none that of the others.
+    replaces_dead = bool(request["patient"])
+    shared = any(m.uid == os.geteuid() for m in control.mounts())
+    first, last_exit = request["init"] is None, str(request["last_exit"])
+    # A damaged index takes its reader down, who then must not come back to it.
+    crashed = replaces_dead and last_exit.startswith(("exit code", "signal SIGSEGV", "signal SIGBUS", "signal SIGABRT"))
+    try_s = TRY_ALL_S if crashed else TRY_S
     mem_bytes = config.mem_bytes if config.mem_bytes is not None else min(DEFAULT_MEM_BYTES, memory_bytes() // 20)
     if config.ssd:
         mem_bytes = max(mem_bytes, MIN_MEM_BYTES)  # what comes from a disk passes through memory
-    if mem_bytes < MIN_MEM_BYTES:
+    if not mem_bytes:
         return None
     disks: list[Tier] = []
     try:
-        memory = Tier("mem", control.cache_dir(os.geteuid()), mem_bytes, in_memory=True)
+        memory = Tier(
+            "mem", control.cache_dir(os.geteuid()), mem_bytes, in_memory=True,
+            keep_capacity=replaces_dead or (config.mem_bytes is None and shared),
+            try_s=try_s if first or crashed else 0.0,  # one that was fine a moment ago is not tried out
+        )  # fmt: skip
     except (OSError, Unusable) as error:
         log.error("no cache: %s", error)
         return None
     for number, (path, capacity_bytes) in enumerate(config.ssd):
         try:
-            disks.append(Tier(f"ssd{number}", Path(path), capacity_bytes, in_memory=False))
+            disks.append(Tier(
+                f"ssd{number}", Path(path), capacity_bytes, in_memory=False, keep_capacity=replaces_dead, try_s=try_s,
+            ))  # fmt: skip
         except (OSError, Unusable) as error:
             log.error("no cache in %s: %s", path, error)
     return Store(memory, disks, verify_memory=config.verify_memory)
@@ -265,10 +285,19 @@ def cache_commands(warmup: Warmup, store: Store | None) -> dict[str, control.Com
             return warmup.start(
                 str(asked["kind"]), [os.fsencode(path) for path in paths], workers=int(str(asked.get("jobs") or 8)),
                 match=str(match) if match is not None else None, metadata_only=bool(asked.get("metadata_only")),
-                rate_bytes_per_s=int(str(rate)) if rate is not None else None,
+                rate_bytes_per_s=int(str(rate)) if rate is not None else None, more=bool(asked.get("more")),
             ).told()  # fmt: skip
         except NoJob as error:
             return {"error": str(error)}
+
+    async def job_paths(asked: control.Answer) -> control.Answer:
+        paths = asked["paths"]
+        assert isinstance(paths, list)
+        try:
+            warmup.add(int(str(asked["number"])), [os.fsencode(path) for path in paths], more=bool(asked["more"]))
+        except NoJob as error:
+            return {"error": str(error)}
+        return {}
 
     async def job_status(asked: control.Answer) -> control.Answer:
         try:
@@ -291,7 +320,10 @@ def cache_commands(warmup: Warmup, store: Store | None) -> dict[str, control.Com
             await trio.to_thread.run_sync(store.clear)
         return {}
 
-    return {"job": job, "job_status": job_status, "cancel": cancel, "resize": resize, "clear": clear}
+    return {
+        "job": job, "job_paths": job_paths, "job_status": job_status, "cancel": cancel, "resize": resize,
+        "clear": clear,
+    }  # fmt: skip
 
 
 def tiers(store: Store | None) -> list[control.Answer]:

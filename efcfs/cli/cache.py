@@ -1,12 +1,12 @@
 """`efcfs cache`: what the cache holds, and changing it while it is in use."""
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from efcfs import control
+from efcfs.cli.cache_check import check_size
 from efcfs.cli.main import EX_SYSTEM, EX_USAGE, Failure
-from efcfs.cli.warmup import asked, follow, report, sort_by_mount
+from efcfs.cli.table import echo_table
+from efcfs.cli.warmup import asked, begin, follow, report, sort_by_mount
 from efcfs.config import UsageError, memory_bytes, size_bytes
 
 
@@ -20,18 +20,29 @@ def cache() -> None:
 def info(mountpoint: str | None) -> int:
     """Show the tiers of one mount, or of all."""
     mounts = [mount_at(mountpoint)] if mountpoint is not None else control.mounts()
-    table = Table("mount point", "tier", "path", "state", "used", "of", "items", "hits", "misses", "evicted", "bad")
+    rows, silent = [], 0
     for mounted in mounts:
-        tiers = asked(mounted, {"cmd": "status"})["tiers"]
+        try:
+            tiers = asked(mounted, {"cmd": "status"})["tiers"]
+        except Failure as failure:  # the others are shown all the same
+            click.echo(f"efcfs: {failure}", err=True)
+            silent += 1
+            continue
         assert isinstance(tiers, list)
+        if not tiers:
+            click.echo(f"{mounted.mountpoint}: no cache: see the log, or mount it with mem= or ssd=")
         for t in tiers:
-            table.add_row(
+            rows.append((
                 mounted.mountpoint, t["name"], t["path"], t["state"], f"{t['used_bytes'] / 1e6:,.1f} MB",
                 f"{t['capacity_bytes'] / 1e6:,.1f} MB",
                 *(f"{t[key]:,}" for key in ("items", "hits", "misses", "evictions", "bad_checksums")),
-            )  # fmt: skip
-    Console().print(table)
-    return 0
+            ))  # fmt: skip
+    if rows:
+        head = ("mount point", "tier", "path", "state", "used", "of", "items", "hits", "misses", "evicted", "bad")
+        echo_table(head, rows)
+    elif not mounts:
+        click.echo("no efcfs mounts")
+    return EX_SYSTEM if silent else 0
 
 
 @cache.command()
@@ -45,6 +56,10 @@ def resize(mountpoint: str, tier: str, size: str) -> int:
         capacity_bytes = size_bytes(size, f"size {size}", memory_bytes() if tier == "mem" else None)
     except UsageError as error:
         raise Failure(str(error), EX_USAGE) from None
+    tiers = asked(mounted, {"cmd": "status"})["tiers"]
+    assert isinstance(tiers, list)
+    for path in (t["path"] for t in tiers if t["name"] == tier and t["state"] == "up"):
+        check_size(path, capacity_bytes)
     asked(mounted, {"cmd": "resize", "tier": tier, "capacity_bytes": capacity_bytes})
     return 0
 
@@ -55,7 +70,7 @@ def evict(paths: tuple[str, ...]) -> int:
     """Take files or trees out of the cache."""
     failed = 0
     for mounted, inside in sort_by_mount(list(paths)).items():
-        job = follow(mounted, asked(mounted, {"cmd": "job", "kind": "evict", "paths": inside})["number"])
+        job = follow(mounted, begin(mounted, {"cmd": "job", "kind": "evict"}, inside))
         report(job)
         failed += int(str(job["failed"]))
     return EX_SYSTEM if failed else 0
@@ -75,7 +90,7 @@ def check(mountpoint: str) -> int:
     """Compare every cached block of the files in a mount with its sum; a wrong one is dropped and counted."""
     mounted = mount_at(mountpoint)
     before = bad_checksums(mounted)
-    job = follow(mounted, asked(mounted, {"cmd": "job", "kind": "check", "paths": ["/"]})["number"])
+    job = follow(mounted, begin(mounted, {"cmd": "job", "kind": "check"}, ["/"]))
     report(job)
     bad = bad_checksums(mounted) - before
     click.echo(f"{bad} wrong blocks dropped")

@@ -4,6 +4,7 @@ Later, in the daemon, a cache that cannot be used is only left out.
 """
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,9 +18,9 @@ SHM = "/dev/shm"
 
 def check_cache(config: MountConfig) -> None:
     """Raises Failure, with the remedy, for a tier that cannot work as asked."""
-    if config.mem_bytes is not None and config.mem_bytes > _size_bytes(SHM):
+    if config.mem_bytes is not None and config.mem_bytes > disk_bytes(SHM):
         raise Failure(
-            f"option mem={_gib(config.mem_bytes)}: {SHM} has only {_gib(_size_bytes(SHM))}:"
+            f"option mem={_size(config.mem_bytes)}: {SHM} has only {_size(disk_bytes(SHM))}:"
             f" ask for less, or `mount -o remount,size=… {SHM}`",
             EX_USAGE,
         )
@@ -40,13 +41,24 @@ def check_cache(config: MountConfig) -> None:
                 pass
         except OSError as error:
             raise Failure(f"{option}: {path} is not writable ({error.strerror}): choose another", EX_USAGE) from None
-        if capacity_bytes > _size_bytes(path):
+        if capacity_bytes > disk_bytes(path):
             raise Failure(
-                f"{option}:{_gib(capacity_bytes)}: the disk has only {_gib(_size_bytes(path))}: ask for less", EX_USAGE
+                f"{option}:{_size(capacity_bytes)}: the disk has only {_size(disk_bytes(path))}: ask for less", EX_USAGE
             )
 
 
-def _size_bytes(path: str) -> int:
+def check_size(path: str, wanted_bytes: int) -> None:
+    """Raises Failure when the tier at `path` cannot be given this size."""
+    if not wanted_bytes:
+        raise Failure("size 0: nothing would fit: `efcfs cache clear` empties the cache", EX_USAGE)
+    if wanted_bytes > disk_bytes(path):
+        raise Failure(
+            f"size {_size(wanted_bytes)}: {path} is on a disk of {_size(disk_bytes(path))}: ask for less", EX_USAGE
+        )
+
+
+def disk_bytes(path: str) -> int:
+    """The size of the file system that holds `path`."""
     status = os.statvfs(path)
     return status.f_blocks * status.f_frsize
 
@@ -56,10 +68,11 @@ def _fstype(path: str) -> str:
     full, best, found = os.path.realpath(path), "", ""
     for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
         _, at, fstype = line.split()[:3]
+        at = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), at)
         if f"{full}/".startswith(f"{at.rstrip('/')}/") and len(at) >= len(best):
             best, found = at, fstype
     return found
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 1024**3:.1f}g"
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1024**3:.1f}g" if size_bytes >= 1024**3 else f"{size_bytes / 1024**2:.1f}m"

@@ -3,11 +3,10 @@
 import json
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from efcfs import control
 from efcfs.cli.main import EX_USAGE, Failure
+from efcfs.cli.table import echo_table
 
 
 @click.command()
@@ -41,19 +40,20 @@ def ask(mounted: control.Mounted) -> control.Answer:
 
 
 def show(answers: list[control.Answer]) -> None:
-    table = Table("mount point", "source", "server", "links", "in flight", "reconnects", "daemon", "up", "failovers",
-                  "upgrades")  # fmt: skip
+    head = ("mount point", "source", "server", "links", "in flight", "reconnects", "daemon", "up", "failovers",
+            "upgrades")  # fmt: skip
+    rows = []
     for a in answers:
         if "error" in a:
-            table.add_row(str(a["mountpoint"]), str(a["source"]), str(a["error"]))
+            rows.append((str(a["mountpoint"]), str(a["source"]), str(a["error"]), *[""] * (len(head) - 3)))
             continue
         links, server = a["links"], a["server"]
         assert isinstance(links, list) and isinstance(server, dict)
-        table.add_row(
+        rows.append((
             str(a["mountpoint"]), str(a["source"]), str(server["state"]),
             f"{sum(link['state'] == 'up' for link in links)} of {len(links)}",
             f"{sum(link['in_flight_bytes'] for link in links) / 1e6:.1f} MB",
             str(sum(link["reconnects"] for link in links)),
             str(a["daemon_pid"]), f"{a['uptime_s']} s", str(a["failovers"]), str(a["upgrades"]),
-        )  # fmt: skip
-    Console().print(table)
+        ))  # fmt: skip
+    echo_table(head, rows)

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import click
 
 from efcfs import control
+from efcfs.cli.cache_check import check_cache
 from efcfs.cli.main import EX_SYSTEM, EX_USAGE, Failure
 from efcfs.config import MountConfig, UsageError, changed
 
@@ -30,9 +32,13 @@ def upgrade(mountpoint: str, python: str | None, options: tuple[str, ...]) -> in
     config = ask(mounted, {"cmd": "config"})
     if options:
         try:
-            config = changed(MountConfig.from_json(config), options).to_json()
+            now = MountConfig.from_json(config)
+            other = changed(now, options)
         except UsageError as error:
             raise Failure(str(error), EX_USAGE) from None
+        # Not the disks that it has: one that fails now is no reason.
+        check_cache(replace(other, ssd=tuple(tier for tier in other.ssd if tier not in now.ssd)))
+        config = other.to_json()
     interpreter = checked(python) if python is not None else sys.executable
     ask(mounted, {"cmd": "upgrade", "daemon": [interpreter, "-m", "efcfs.daemon"], "config": config})
     return 0

@@ -12,12 +12,14 @@ from efcfs.cli.main import EX_SYSTEM, EX_USAGE, Failure
 from efcfs.config import UsageError, size_bytes
 
 POLL_S = 0.1
+# A request has at most 1 MiB: a path of 4,096 bytes, each of them escaped, may take 24 KiB of it.
+PATHS_AT_ONCE = 40
 
 
 @click.command()
 @click.argument("paths", nargs=-1)
 @click.option("--list", "list_file", type=click.Path(), help="a file with a path a line")
-@click.option("--match", metavar="GLOB", help="only files whose name (or path, with a /) matches")
+@click.option("--match", metavar="GLOB", help="only files whose name matches; with a /, whose path in the mount does")
 @click.option("--metadata-only", is_flag=True, help="names and attributes, no data")
 @click.option("--rate", metavar="SIZE", help="at most so many bytes a second, such as 200m")
 @click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="files at once")
@@ -42,13 +44,15 @@ def warmup(
         rate_bytes_per_s = size_bytes(rate, "--rate") if rate is not None else None
     except UsageError as error:
         raise Failure(str(error), EX_USAGE) from None
+    if rate_bytes_per_s == 0:
+        raise Failure("--rate 0 would never end: give a rate such as 200m, or leave it out", EX_USAGE)
     failed = 0
     for mounted, inside in by_mount.items():
         request: control.Answer = {
-            "cmd": "job", "kind": "check" if check else "warm", "paths": inside, "match": match, "jobs": jobs,
+            "cmd": "job", "kind": "check" if check else "warm", "match": match, "jobs": jobs,
             "metadata_only": metadata_only, "rate_bytes_per_s": rate_bytes_per_s,
         }  # fmt: skip
-        number = asked(mounted, request)["number"]
+        number = begin(mounted, request, inside)
         if background:
             click.echo(f"{mounted.mountpoint}: job {number} runs; `efcfs warmup --cancel {mounted.mountpoint}` ends it")
             continue
@@ -67,16 +71,28 @@ def read_list(name: str) -> list[str]:
 
 
 def sort_by_mount(paths: list[str]) -> dict[control.Mounted, list[str]]:
-    """The paths as their mounts see them. The mounts themselves are not touched: they may hang."""
-    mounts = sorted(control.mounts(), key=lambda m: len(m.mountpoint))
+    """The paths as their mounts see them. The mounts themselves are not touched, if it can be: they may hang."""
+    mounts = sorted(control.mounts(), key=lambda m: len(m.mountpoint), reverse=True)
     found: dict[control.Mounted, list[str]] = {}
     for path in paths:
-        full = os.path.abspath(path)
-        mounted = next((m for m in reversed(mounts) if f"{full}/".startswith(f"{m.mountpoint}/")), None)
-        if mounted is None:
+        # The second for a symbolic link outside of the mounts that leads into one.
+        for full in (os.path.abspath(path), os.path.realpath(path)):
+            mounted = next((m for m in mounts if f"{full}/".startswith(f"{m.mountpoint}/")), None)
+            if mounted is not None:
+                found.setdefault(mounted, []).append(full[len(mounted.mountpoint) :] or "/")
+                break
+        else:
             raise Failure(f"{path} is not in an efcfs mount: `efcfs status` lists them", EX_USAGE)
-        found.setdefault(mounted, []).append(full[len(mounted.mountpoint) :] or "/")
     return found
+
+
+def begin(mounted: control.Mounted, request: control.Answer, paths: list[str]) -> object:
+    """Start a job over these paths; returns its number. A long list goes piece by piece."""
+    pieces = [paths[start : start + PATHS_AT_ONCE] for start in range(0, len(paths), PATHS_AT_ONCE)]
+    number = asked(mounted, {**request, "paths": pieces[0], "more": len(pieces) > 1})["number"]
+    for i, piece in enumerate(pieces[1:], 2):
+        asked(mounted, {"cmd": "job_paths", "number": number, "paths": piece, "more": i < len(pieces)})
+    return number
 
 
 def asked(mounted: control.Mounted, request: control.Answer) -> control.Answer:
@@ -121,7 +137,10 @@ def report(job: control.Answer) -> None:
     if job["kind"] == "check":
         cached = job["cached_bytes"]
         assert isinstance(cached, dict)
-        parts = [f"{name} {n / 1e6:,.1f} MB ({100 * n / total if total else 100:.0f} %)" for name, n in cached.items()]
+        anywhere = cached.pop("any", 0)
+        if len(cached) > 1:
+            cached["together"] = anywhere
+        parts = [f"{name} {n / 1e6:,.1f} MB ({100 * n // total if total else 100} %)" for name, n in cached.items()]
         click.echo(f"{files} files, {total / 1e6:,.1f} MB; cached and verified: {', '.join(parts) or 'nothing'}")
     else:
         speed = total / 1e6 / elapsed_s if elapsed_s else 0

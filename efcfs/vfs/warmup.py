@@ -9,17 +9,19 @@ import fnmatch
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
 
-from efcfs.cache.index import EXTENT_BYTES
-from efcfs.cache.store import Store
+from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES
+from efcfs.cache.store import Store, file_key
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError, own_credential
 from efcfs.nfs.nfs3 import Fattr
+from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import version
 from efcfs.vfs.directories import Directories
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
@@ -31,6 +33,10 @@ log = logging.getLogger(__name__)
 MAX_FAILURES_NAMED = 100
 MAX_JOBS_KEPT = 16
 WAITING_FILES = 256
+# As many as the kernel follows in one path.
+MAX_LINKS = 40
+# For the next of a long list's paths.
+MORE_S = 30.0
 # How often, and how long in between, a job looks for room in a full cache.
 ROOM_TRIES = 100
 ROOM_S = 0.05
@@ -54,7 +60,9 @@ class Job:
 
     number: int
     kind: str  # "warm", "check" or "evict"
-    paths: list[bytes]
+    # Those that the walk has yet to see; a long list comes piece by piece, as long as there are `more`.
+    paths: deque[bytes]
+    more: bool = False
     match: str | None = None
     metadata_only: bool = False
     rate_bytes_per_s: int | None = None
@@ -65,6 +73,8 @@ class Job:
     walked: bool = False
     files: int = 0
     done_bytes: int = 0
+    # Of the cache, which counts in chunks.
+    taken_bytes: int = 0
     failed: int = 0
     failures: list[str] = field(default_factory=list)
     # For "check": bytes that are there and as their sums say.
@@ -73,11 +83,12 @@ class Job:
     ended_at: float | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     next_at: float = 0.0
+    came: trio.Event = field(default_factory=trio.Event)
 
     def fail(self, path: bytes, error: Exception) -> None:
         self.failed += 1
         if len(self.failures) < MAX_FAILURES_NAMED:
-            why = str(error) if isinstance(error, NoRoom) else os.strerror(errno_of(error))
+            why = str(error) if isinstance(error, (NoRoom, NoFile)) else os.strerror(errno_of(error))
             self.failures.append(f"{os.fsdecode(path)}: {why}")
 
     def told(self) -> dict[str, object]:
@@ -91,6 +102,10 @@ class Job:
 
 class NoRoom(Exception):
     """The cache does not take the file; str() says why."""
+
+
+class NoFile(Exception):
+    """A path leads to no file of the mount; str() says why."""
 
 
 class Warmup:
@@ -109,13 +124,16 @@ class Warmup:
 
     def start(
         self, kind: str, paths: list[bytes], *, match: str | None = None, metadata_only: bool = False,
-        rate_bytes_per_s: int | None = None, workers: int = 8,
+        rate_bytes_per_s: int | None = None, workers: int = 8, more: bool = False,
     ) -> Job:  # fmt: skip
-        """Begin a job over these paths (from the mount point on). Raises NoJob when there is no cache to work on."""
-        if self._store is None and not metadata_only:
+        """Begin a job over these paths (from the mount point on). Raises NoJob when there is no cache to work on.
+
+        more: others follow (`add`).
+        """
+        if self._store is None and (kind != "warm" or not metadata_only):
             raise NoJob("this mount has no cache: mount it with mem= or ssd=")
         self._last += 1
-        job = Job(self._last, kind, paths, match, metadata_only, rate_bytes_per_s, workers)
+        job = Job(self._last, kind, deque(paths), more, match, metadata_only, rate_bytes_per_s, workers)
         self._jobs[job.number] = job
         while len(self._jobs) > MAX_JOBS_KEPT:
             ended = next((n for n, j in self._jobs.items() if j.state != "running"), None)
@@ -127,8 +145,15 @@ class Warmup:
 
     def job(self, number: int) -> Job:
         if number not in self._jobs:
-            raise NoJob(f"there is no job {number}")
+            raise NoJob(f"there is no job {number}: it ended with the daemon that ran it, or was forgotten")
         return self._jobs[number]
+
+    def add(self, number: int, paths: list[bytes], *, more: bool) -> None:
+        """More paths for a job that was started with `more`. Raises NoJob."""
+        job = self.job(number)
+        job.paths.extend(paths)
+        job.more = more
+        job.came.set()
 
     def cancel(self) -> int:
         """Cancel all that run; returns how many."""
@@ -151,8 +176,12 @@ class Warmup:
                         job.found_bytes += file.attr.size
                         await files_in.send(file)
                 job.walked = True
+            if job.kind == "warm" and self._store is not None:
+                await self._store.saved()
         job.state = "cancelled" if job.scope.cancelled_caught else "done"
         job.ended_at = time.monotonic()
+        for failure in job.failures:
+            log.warning("%s job %d: failed: %s", job.kind, job.number, failure)
         log.info("%s job %d %s: %d files, %d bytes, %d failed",
                  job.kind, job.number, job.state, job.files, job.done_bytes, job.failed)  # fmt: skip
 
@@ -171,19 +200,31 @@ class Warmup:
     async def _warm(self, job: Job, file: File) -> None:
         if job.metadata_only:
             return
+        assert self._store is not None
         cred = own_credential()
+        key = file_key(self._reader.identity(file.fh), *version(file.attr))
         for offset in range(0, file.attr.size, EXTENT_BYTES):
-            length_bytes = min(EXTENT_BYTES, file.attr.size - offset)
-            await self._in_turn(job, length_bytes)
-            for _ in range(ROOM_TRIES):
-                if await self._reader.load(cred, file.fh, 0, file.attr, offset, length_bytes) is not None:
-                    break
-                if version(await self._client.getattr(cred, file.fh)) != version(file.attr):
-                    raise NoRoom("changed while it was read")
-                await trio.sleep(ROOM_S)  # eviction is under way
-            else:
-                raise NoRoom("the cache is full and nothing can be evicted")
+            number, length_bytes = offset // EXTENT_BYTES, min(EXTENT_BYTES, file.attr.size - offset)
+            job.taken_bytes += -(-length_bytes // CHUNK_BYTES) * CHUNK_BYTES
+            if job.taken_bytes > self._store.room_bytes:
+                has = f"{self._store.room_bytes / 1e6:,.1f} MB"
+                raise NoRoom(f"all {has} of the cache are in use by this job: `efcfs cache resize` gives it more room")
+            # What a disk has is not brought into a memory that is full.
+            if not (self._store.crowded and await self._store.on_disk(key, number, file.attr.size)):
+                await self._in_turn(job, length_bytes)
+                await self._load(cred, file, key, offset, length_bytes)
             job.done_bytes += length_bytes
+
+    async def _load(self, cred: Credential, file: File, key: bytes, offset: int, length_bytes: int) -> None:
+        assert self._store is not None
+        for _ in range(ROOM_TRIES):
+            if await self._reader.load(cred, file.fh, 0, file.attr, offset, length_bytes) is not None:
+                if await self._store.save(key, offset // EXTENT_BYTES):
+                    return
+            elif version(await self._client.getattr(cred, file.fh)) != version(file.attr):
+                raise NoRoom("changed while it was read")
+            await trio.sleep(ROOM_S)  # eviction is under way
+        raise NoRoom("the cache is full and nothing can be evicted")
 
     async def _check(self, job: Job, file: File) -> None:
         assert self._store is not None
@@ -209,10 +250,10 @@ class Warmup:
 
     async def _walk(self, job: Job) -> AsyncIterator[File]:
         """The regular files under the job's paths that match; directories are kept on the way."""
-        for path in job.paths:
+        async for path in self._paths(job):
             try:
                 fh, attr = await self._resolve(path)
-            except SERVER_ERRORS as error:
+            except (NoFile, *SERVER_ERRORS) as error:
                 job.fail(path, error)
                 continue
             waiting = [(path.rstrip(b"/"), fh, attr)]
@@ -226,16 +267,43 @@ class Warmup:
                     except SERVER_ERRORS as error:
                         job.fail(at, error)
 
+    async def _paths(self, job: Job) -> AsyncIterator[bytes]:
+        while True:
+            while job.paths:
+                yield job.paths.popleft()
+            if not job.more:
+                return
+            job.came = trio.Event()
+            with trio.move_on_after(MORE_S) as waiting:
+                await job.came.wait()
+            if waiting.cancelled_caught:  # who had the rest of the list is gone
+                job.scope.cancel()
+
     async def _resolve(self, path: bytes) -> tuple[bytes, Fattr]:
+        """What a path leads to. Follows symbolic links, as who names one expects; a walk does not."""
         cred = own_credential()
-        fh = self._client.root_fh
-        for name in path.split(b"/"):
-            if name:
-                found = await self._client.lookup(cred, fh, name)
-                if found.fh is None:
-                    raise NfsError(nfs3.NFS3ERR_NOENT, "LOOKUP")
-                fh = found.fh
-        return fh, await self._client.getattr(cred, fh)
+        names = path.split(b"/")
+        at = [self._client.root_fh]  # the directories on the way, for ..
+        links = 0
+        while names:
+            name = names.pop(0)
+            if name == b"..":
+                at = at[:-1] or at
+            if name in (b"", b".", b".."):
+                continue
+            found = await self._client.lookup(cred, at[-1], name)
+            if found.fh is None:
+                raise NfsError(nfs3.NFS3ERR_NOENT, "LOOKUP")
+            attr = found.attr if found.attr is not None else await self._client.getattr(cred, found.fh)
+            if attr.type == nfs3.NF3LNK:
+                target = (await self._client.readlink(cred, found.fh)).target
+                links += 1
+                if target.startswith(b"/") or links > MAX_LINKS:
+                    raise NoFile(f"{os.fsdecode(name)} is a symbolic link to {os.fsdecode(target)}: name that")
+                names = [*target.split(b"/"), *names]
+            else:
+                at.append(found.fh)
+        return at[-1], await self._client.getattr(cred, at[-1])
 
     async def _list(self, path: bytes, fh: bytes, attr: Fattr) -> list[tuple[bytes, bytes, Fattr]]:
         inode = Inode(0, fh, 0, b"")

@@ -28,6 +28,8 @@ def refused(server: Ganesha, tmp_path: Path, options: str) -> str:
         ("mem=lots", "'lots' is not a size"),
         ("mem=101%", "'101%' is not a size"),
         ("mem=900t", "the machine has"),
+        ("mem=8m", "at least 16m, or 0 for no cache"),
+        ("ssd=/var/tmp:0", "nothing fits into 0 bytes"),
         ("ssd=relative:1g", "expected a directory and a size"),
         ("ssd=/no/such/place:1g", "/no/such/place is missing: `mkdir -p"),
         ("ssd=/etc/passwd:1g", "is not a directory"),
@@ -49,6 +51,19 @@ def test_a_bad_cache_option_is_named_with_its_remedy(
 def test_a_bad_line_of_a_rules_file_is_named(server: Ganesha, tmp_path: Path) -> None:
     (tmp_path / "rules").write_text("/a strict\n\n/b eventually\n")
     assert "line 3: '/b eventually'" in refused(server, tmp_path, f"rules={tmp_path}/rules")
+
+
+def test_rules_that_are_too_many_are_refused(server: Ganesha, tmp_path: Path) -> None:
+    (tmp_path / "rules").write_text("".join(f"/a/directory/with/a/long/name/{i} strict\n" for i in range(1000)))
+    assert "more than 32 KiB" in refused(server, tmp_path, f"rules={tmp_path}/rules")
+
+
+def test_an_upgrade_to_a_cache_that_cannot_be_is_refused(tmp_path: Path, mount_factory: MountFactory) -> None:
+    mounted = mount_factory()
+    done = efcfs("upgrade", "-o", f"ssd={tmp_path}/missing:1g", str(mounted.path))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "/missing is missing: `mkdir -p" in line
 
 
 def test_a_cache_on_a_network_file_system_is_refused(
