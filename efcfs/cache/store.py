@@ -13,6 +13,7 @@ import errno
 import logging
 import mmap
 import os
+import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -33,6 +34,8 @@ MAPPED_BYTES = 512 * 1024
 KEPT_AT_ONCE_BYTES = 256 * 1024
 HOUSEKEEPING_S = 0.5
 STRANGERS_S = 10.0
+# A line in the log so often at most, for each byte that finds no room.
+LINE_S = 60.0
 MAX_IDLE_BUFFERS = 16
 # A little below where eviction ends.
 CROWDED = 0.85
@@ -88,6 +91,7 @@ class Store:
         # Memory is about as full as it gets: then what a disk has is not brought in, to be evicted at once.
         self.crowded = False
         self._until_look = 0
+        self._next_line_at = 0.0
         self._idle_buffers: list[memoryview] = []
         self._answer = memoryview(bytearray(MAPPED_BYTES))
         # On their way to a disk.
@@ -362,8 +366,9 @@ class Store:
         """Memory goes on without some bytes; one with a damaged index is taken out."""
         if isinstance(error, DAMAGE):
             self.memory.fail(error)
-        else:
-            log.info("no room in the cache: %s", error)
+        elif time.monotonic() >= self._next_line_at:
+            self._next_line_at = time.monotonic() + LINE_S
+            log.warning("no room in the cache in memory: %s", error)
 
     def _has_room(self) -> bool:
         """Whether an extent more may come; near the end of the room eviction is told."""

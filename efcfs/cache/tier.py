@@ -162,7 +162,9 @@ class Tier:
             # Should somebody else have removed the file, the index still tells of bytes that a new one does not have.
             if self.index.has_file(key):
                 self.drop_file(key)
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            for directory in (str(self.directory), f"{self.directory}/{self.index.data}", os.path.dirname(path)):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(directory, mode=0o700)
             fd = os.open(path, flags | os.O_CREAT, 0o600)
         if os.fstat(fd).st_size < size_bytes:
             os.ftruncate(fd, size_bytes)

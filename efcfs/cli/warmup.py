@@ -112,7 +112,8 @@ def follow(mounted: control.Mounted, number: object) -> control.Answer:
         TextColumn("{task.fields[files]} files"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None, files="")
         try:
             while True:

@@ -343,6 +343,7 @@ def test_files_of_which_no_index_tells_are_removed(server: Ganesha, export: Path
             read_until_on_disk(watched, watched.mount.path / export.name / "data", data, 20 * MIB)
             wait_until(lambda: len(list(ssd.glob("data*"))) == 2)
         shutil.rmtree(ssd / "index.lmdb")
+        assert all(path.stat().st_mode & 0o077 == 0 for path in ssd.glob("data-*"))
     assert (ssd / "data").is_dir()
 
 

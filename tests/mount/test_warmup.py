@@ -30,6 +30,7 @@ def test_a_warmed_tree_is_read_without_the_network(tree: tuple[Watched, Path, di
     done = efcfs("warmup", str(here))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"done: 21 files, {sum(map(len, files.values())) / 1e6:,.1f} MB")
+    assert done.stderr == ""  # a progress bar is for terminals
     before = watched.fetched()
     for name, contents in files.items():
         assert (here / name).read_bytes() == contents
