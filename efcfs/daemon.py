@@ -235,6 +235,7 @@ async def finish(fs: FileSystem, config: MountConfig) -> None:
     """The mount is gone. Nothing should be dirty now; what is gets a last chance."""
     with trio.move_on_after(config.timeo_s) as scope:
         await fs.sync_all()
+        await fs.remove_hidden()
     if scope.cancelled_caught:
         log.error("%s: %d bytes could not be written", config.mountpoint, fs.writer.dirty_bytes)
 

@@ -48,6 +48,8 @@ MAYBE_NOW_NS = 1_000_000_000
 RENAME_NOREPLACE = 1
 # Files that are read without having been opened, of which the streams of reads are remembered.
 MAX_STANDING = 1024
+# A file that was opened so lately is likely to be opened again, and hidden instead of removed when it is replaced.
+LATELY_S = 1.0
 # A kernel that was made to look a file up again does so within this time.
 TAUGHT_S = 1.0
 # How long removing a hidden name may take when the program that opened it is gone.
@@ -271,6 +273,8 @@ class FileSystem:
             replaced = self._inodes.at(new_parent, new_name)
             if replaced is not None:
                 self.attributes.expire(replaced)
+            if replaced is not None and time.monotonic() - replaced.opened_at < LATELY_S:
+                self._keep_open(replaced, cred)
             if replaced is not None and _must_hide(replaced, request):
                 if (await self._client.lookup(cred, old.fh, name)).fh == replaced.fh:
                     return  # both names are the same file: POSIX says do nothing
@@ -289,6 +293,26 @@ class FileSystem:
         if new is not old:
             self.attributes.update_wcc(new, result.to_wcc, asked_at)
         self._renamed(old, name, new, new_name)
+
+    def _keep_open(self, inode: Inode, cred: Credential) -> None:
+        """Count the file as open for a while: who opens it all the time may have walked its path just now.
+
+        It would find the file gone, and the kernel walks a path only twice. (The kernel's NFS client knows who is
+        about to open; nobody tells us.)
+        """
+        file = self._file(inode)
+        file.opening += 1
+
+        async def let_go() -> None:
+            await trio.sleep(LATELY_S)
+            await self._opened_no_more(file, cred)
+
+        self._nursery.start_soon(let_go)
+
+    async def _opened_no_more(self, file: OpenFile, cred: Credential) -> None:
+        file.opening -= 1
+        if not file.handles and not file.opening:
+            await self._closed(file, cred)
 
     @contextlib.contextmanager
     def _removal(self, target: Inode | None) -> Iterator[None]:
@@ -341,6 +365,8 @@ class FileSystem:
             file = self._file(inode)
             file.sillyname = self._inodes.hidden_name(slot.ino)
             self._add_handle(Handle(slot.number, file, slot.cred, slot.flags, slot.error))
+        for ino in set(self._inodes.all_hidden()) - set(self._open):
+            self._nursery.start_soon(self._remove_left_hidden, ino)
         for left in self.dirty.left():
             handle = self._handles.get(left.handle)
             if handle is None:
@@ -353,6 +379,14 @@ class FileSystem:
         """Another daemon has adopted all that: end at once, whatever is under way."""
         self.dirty.leave()
         self._nursery.cancel_scope.cancel()
+
+    async def _remove_left_hidden(self, ino: int) -> None:
+        """Of a file that nobody has open: a daemon before us died before it could remove the name."""
+        hidden = self._inodes.hidden_name(ino)
+        if hidden is not None:
+            with contextlib.suppress(KeyError):  # its directory is gone
+                await self._remove_hidden(self._inodes.get(hidden[0]), hidden[1], own_credential())
+            self._inodes.unhidden(ino)
 
     @property
     def open_handles(self) -> int:
@@ -447,6 +481,7 @@ class FileSystem:
             self._refuse_immutable(inode)
         while ino in self._removals:
             await self._removals[ino].wait()
+        inode.opened_at = time.monotonic()
         file = self._file(inode)
         file.opening += 1  # who takes its name away meanwhile must hide it
         try:
@@ -673,6 +708,11 @@ class FileSystem:
 
     # -- ending ------------------------------------------------------------------------------------
 
+    async def remove_hidden(self) -> None:
+        """Nobody has anything open any more: what is hidden can go."""
+        for ino in self._inodes.all_hidden():
+            await self._remove_left_hidden(ino)
+
     async def sync_all(self) -> None:
         """Commit all that is dirty, as umount does."""
         async with trio.open_nursery() as nursery:
@@ -861,6 +901,7 @@ class FileSystem:
         if request is not None and number not in self._table:
             flags |= os.O_SYNC  # the next daemon would not know whose its bytes are
         self._add_handle(Handle(number, file, cred, flags))
+        inode.opened_at = time.monotonic()
         now = version(attr) if attr is not None else None
         keep = inode.pages_version == now or bool(file.extents)
         inode.pages_version = now

@@ -59,7 +59,7 @@ class Inode:
 
     __slots__ = (
         "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "mode", "name", "nlookup", "open_file",
-        "pages_version", "parent", "taught_at", "timeout_s",
+        "opened_at", "pages_version", "parent", "taught_at", "timeout_s",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes, parent: int, name: bytes) -> None:
@@ -80,6 +80,8 @@ class Inode:
         # When the kernel was last made to look it up again (monotonic seconds).
         self.taught_at = 0.0
         self.open_file: OpenFile | None = None
+        # When it was last opened (monotonic seconds).
+        self.opened_at = float("-inf")
         # By which rule it is kept consistent, where rules go by path; None: not looked up since it got its name.
         self.mode: Mode | None = None
 
@@ -211,6 +213,11 @@ class Inodes:
         with self._env.begin(db=self._hidden) as txn:
             found = txn.get(_KEY.pack(ino))
         return (_KEY.unpack_from(found)[0], bytes(found[_KEY.size :])) if found is not None else None
+
+    def all_hidden(self) -> list[int]:
+        """The files that are hidden."""
+        with self._env.begin(db=self._hidden) as txn, txn.cursor() as cursor:
+            return [int(_KEY.unpack(key)[0]) for key in cursor.iternext(values=False)]
 
     def removed(self, parent: int, name: bytes) -> None:
         """The name is gone; its file may live on under other names or handles."""
