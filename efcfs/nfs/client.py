@@ -304,8 +304,8 @@ class Client:
             READDIRPLUS, cred, nfs3.readdirplus_args(fh, cookie, verifier, size, size)
         )
 
-    async def fsstat(self, cred: Credential, fh: bytes) -> nfs3.FsstatResult:
-        return await self._ask(FSSTAT, cred, nfs3.fsstat_args(fh))
+    async def fsstat(self, cred: Credential, fh: bytes, *, impatient: bool = False) -> nfs3.FsstatResult:
+        return await self._ask(FSSTAT, cred, nfs3.fsstat_args(fh), impatient=impatient)
 
     async def fsinfo(self, cred: Credential, fh: bytes) -> nfs3.FsinfoResult:
         return await self._ask(FSINFO, cred, nfs3.fsinfo_args(fh))

@@ -123,6 +123,7 @@ class FileSystem:
             client, self.attributes, inodes, handles, dirty, options.most_dirty_bytes, self.reader.forget, nursery
         )
         self._directories = Directories(client, self.attributes, inodes.listings, nursery)
+        self._statfs: tuple[nfs3.FsstatResult, int] | None = None
         self.warmup = Warmup(client, self._directories, self.reader, store, nursery)
         self.prefetch = Prefetch(self._directories, self.reader, inodes, nursery) if store is not None else None
         self._client = client
@@ -464,11 +465,19 @@ class FileSystem:
         return await self._may(inode, wanted, cred)
 
     async def statfs(self, cred: Credential) -> tuple[nfs3.FsstatResult, int]:
-        """FSSTAT of the export and the longest name it takes."""
+        """FSSTAT of the export and the longest name it takes; as last seen while the server is away: find(1) asks."""
         root = self._inodes.get(ROOT_INO)
-        result = await self._client.fsstat(cred, root.fh)
-        name_max = (await self._client.pathconf(cred, root.fh)).name_max
-        return result, name_max
+        known = self._statfs if self.attributes.may_be_old(root) else None
+        try:
+            if known is not None and self._client.away:
+                raise ServerAway
+            result = await self._client.fsstat(cred, root.fh, impatient=known is not None)
+        except ServerAway:
+            assert known is not None
+            return known
+        name_max = known[1] if known is not None else (await self._client.pathconf(cred, root.fh)).name_max
+        self._statfs = (result, name_max)
+        return self._statfs
 
     # -- files -------------------------------------------------------------------------------------
 

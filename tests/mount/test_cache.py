@@ -515,12 +515,15 @@ def test_what_is_cached_is_served_while_the_server_is_away(
             names = {"data", "unread"}
             assert set(os.listdir(mount.path)) == names
             assert path.read_bytes() == data
+            os.statvfs(mount.path)
             server.pause()
             try:
                 for _ in range(3):
                     assert read(path) == data
                     assert path.stat().st_size == len(data)
                     assert set(os.listdir(mount.path)) == names
+                    found = subprocess.run(["find", mount.path], check=True, capture_output=True, timeout=20, text=True)
+                    assert {line.rpartition("/")[2] for line in found.stdout.splitlines()} == {"mnt", *names}
                 waiting = multiprocessing.get_context("fork").Process(target=(mount.path / "unread").read_bytes)
                 waiting.start()
                 waiting.join(1)
