@@ -273,6 +273,7 @@ class Pool:
             self._pinging = False
 
     def _give_up(self, started_before: float) -> None:
+        self._fail(ServerAway, lambda call: call.impatient and call.started_at < started_before)
         self._fail(TimedOut, lambda call: call.started_at < started_before)
 
     def _fail(self, why: type[Exception], which: Callable[[Call], bool]) -> None:

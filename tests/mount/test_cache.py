@@ -536,6 +536,29 @@ def test_what_is_cached_is_served_while_the_server_is_away(
             wait_until(lambda: path.read_bytes() == data[::-1] or options.startswith("nocto"))
 
 
+def test_a_soft_mount_serves_what_is_cached_and_fails_the_rest(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = random.Random(26).randbytes(5 * MIB)
+    with Ganesha(tmp_path_factory.mktemp("own")) as server:
+        for name in ("data", "unread"):
+            (server.directory / name).write_bytes(data)
+        # It gives a call up before the server counts as away.
+        with Mount(server, tmp_path / "mnt", "mem=2g,soft,timeo=10,retrans=1,noac") as mount:
+            assert set(os.listdir(mount.path)) == {"data", "unread"}
+            assert (mount.path / "data").read_bytes() == data
+            server.pause()
+            try:
+                assert read(mount.path / "data") == data
+                assert set(os.listdir(mount.path)) == {"data", "unread"}
+                with pytest.raises(TimeoutError):
+                    (mount.path / "unread").read_bytes()
+            finally:
+                server.resume()
+            wait_until(lambda: mount.status()["server"] == {"state": "up"})
+            assert (mount.path / "unread").read_bytes() == data
+
+
 def test_a_listing_seen_before_is_not_read_again(server: Ganesha, export: Path, tmp_path: Path) -> None:
     names = {f"file-{i:04}" for i in range(3000)}
     for name in names:
