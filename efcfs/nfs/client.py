@@ -112,7 +112,6 @@ LINK = _Procedure(nfs3.NFSPROC3_LINK, nfs3.decode_link)
 READDIR = _Procedure(nfs3.NFSPROC3_READDIR, nfs3.decode_readdir)
 READDIRPLUS = _Procedure(nfs3.NFSPROC3_READDIRPLUS, nfs3.decode_readdirplus)
 FSSTAT = _Procedure(nfs3.NFSPROC3_FSSTAT, nfs3.decode_fsstat)
-FSINFO = _Procedure(nfs3.NFSPROC3_FSINFO, nfs3.decode_fsinfo)
 PATHCONF = _Procedure(nfs3.NFSPROC3_PATHCONF, nfs3.decode_pathconf)
 COMMIT = _Procedure(nfs3.NFSPROC3_COMMIT, nfs3.decode_commit)
 
@@ -306,9 +305,6 @@ class Client:
 
     async def fsstat(self, cred: Credential, fh: bytes, *, impatient: bool = False) -> nfs3.FsstatResult:
         return await self._ask(FSSTAT, cred, nfs3.fsstat_args(fh), impatient=impatient)
-
-    async def fsinfo(self, cred: Credential, fh: bytes) -> nfs3.FsinfoResult:
-        return await self._ask(FSINFO, cred, nfs3.fsinfo_args(fh))
 
     async def pathconf(self, cred: Credential, fh: bytes) -> nfs3.PathconfResult:
         return await self._ask(PATHCONF, cred, nfs3.pathconf_args(fh))
