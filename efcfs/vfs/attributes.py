@@ -162,5 +162,6 @@ class Attributes:
         return (t.acdirmin_s, t.acdirmax_s) if attr.type == nfs3.NF3DIR else (t.acregmin_s, t.acregmax_s)
 
     def _changed_by_others(self, inode: Inode) -> None:
+        inode.name_doubtful = True
         if inode.open_file is not None and self.kernel is not None:
             self.kernel.drop_pages(inode.ino)

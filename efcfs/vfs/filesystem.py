@@ -508,6 +508,8 @@ class FileSystem:
         if cto or not self.attributes.remaining_s(inode):
             if not await self._may(inode, _wanted_by(flags), cred):
                 raise OSError(errno.EACCES, "the server does not allow it")
+            if inode.name_doubtful:
+                await self._check_name(inode, cred)
             self._check_kernel_size(inode, flags)
         if flags & os.O_TRUNC:
             await self.setattr(inode.ino, cred, size_bytes=0)
@@ -708,6 +710,7 @@ class FileSystem:
             assert entry.attr is not None
             if listing.fresh:
                 self.attributes.update(inode, entry.attr, listing.seen_at)
+                inode.name_doubtful = False
             else:
                 self.attributes.recall(inode, entry.attr, listing.seen_at)
             shown[entry.name] = self._entry(inode, self._entry_timeout_s(directory, positive=True))
@@ -784,6 +787,7 @@ class FileSystem:
         assert attr is not None
         (inode,) = self._inodes.enter((Found(parent, name, fh, attr),))
         self.attributes.update(inode, attr, asked_at)
+        inode.name_doubtful = False
         return self._entry(inode, self._entry_timeout_s(self._inodes.get(parent), positive=True))
 
     def _recalled(self, directory: Inode, entry: DirEntryPlus, seen_at: float) -> Entry:
@@ -885,6 +889,31 @@ class FileSystem:
             return  # the kernel has forgotten it
         self.prefetch.opened(directory, inode.name, cred)
 
+    async def _check_name(self, inode: Inode, cred: Credential) -> None:
+        """Make the kernel look the name up again if it is another file's now.
+
+        A file that was replaced lives on while another client has it open, under a hidden name: its handle alone
+        does not tell that it is the wrong one. As in `_check_kernel_size`, the program does not see the ESTALE.
+        """
+        try:
+            found = await self._client.lookup(cred, self._inodes.get(inode.parent).fh, inode.name, impatient=True)
+            same = found.fh == inode.fh
+        except NfsError as error:
+            if error.status != nfs3.NFS3ERR_NOENT:
+                raise
+            same = False
+        except (ServerAway, KeyError):  # its directory was forgotten
+            return
+        inode.name_doubtful = not same
+        if not same:
+            self._teach(inode, "name is another file's now")
+
+    def _teach(self, inode: Inode, why: str) -> None:
+        now = time.monotonic()
+        if now - inode.taught_at > TAUGHT_S:
+            inode.taught_at = now
+            raise OSError(errno.ESTALE, why)
+
     def _check_kernel_size(self, inode: Inode, flags: int) -> None:
         """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.
 
@@ -900,10 +929,8 @@ class FileSystem:
             return
         if self.attributes.kernel is not None:
             self.attributes.kernel.drop_attributes(inode.ino)
-        now = time.monotonic()
-        if flags & os.O_APPEND and now - inode.taught_at > TAUGHT_S:
-            inode.taught_at = now
-            raise OSError(errno.ESTALE, "size changed on the server, or was told by a daemon before us")
+        if flags & os.O_APPEND:
+            self._teach(inode, "size changed on the server, or was told by a daemon before us")
 
     def _opened(self, inode: Inode, flags: int, cred: Credential, request: Request | None) -> Opened:
         """A new handle; without a request it is one that no other daemon needs to know."""

@@ -58,8 +58,8 @@ class Inode:
     """A file that the kernel knows. `parent` and `name` are where it was last looked up or moved to."""
 
     __slots__ = (
-        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "mode", "name", "nlookup", "open_file",
-        "opened_at", "pages_version", "parent", "taught_at", "timeout_s",
+        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "mode", "name", "name_doubtful", "nlookup",
+        "open_file", "opened_at", "pages_version", "parent", "taught_at", "timeout_s",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes, parent: int, name: bytes) -> None:
@@ -77,6 +77,8 @@ class Inode:
         # Of which version the kernel's pages are, and what size it believes in; None: not known.
         self.pages_version: tuple[int, int, int] | None = None
         self.kernel_size_bytes: int | None = None
+        # Somebody else changed it since its name was looked up; that may have been a rename.
+        self.name_doubtful = False
         # When the kernel was last made to look it up again (monotonic seconds).
         self.taught_at = 0.0
         self.open_file: OpenFile | None = None

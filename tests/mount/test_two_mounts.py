@@ -73,6 +73,20 @@ def test_a_file_replaced_by_rename_is_read_anew(two: tuple[Path, Path]) -> None:
     assert (b / "config").read_bytes() == b"new and longer"
 
 
+def test_a_file_replaced_while_it_is_open_is_read_anew_by_the_other(two: tuple[Path, Path]) -> None:
+    a, b = two
+    for look in (lambda: None, (b / "config").stat):
+        (a / "config").write_bytes(b"old")
+        assert (b / "config").read_bytes() == b"old"
+        with open(a / "config", "rb") as held, open(b / "config", "rb") as other:
+            (a / "config.new").write_bytes(b"new")
+            os.rename(a / "config.new", a / "config")
+            look()  # the attributes that it is told are those of the old file
+            assert (b / "config").read_bytes() == b"new"
+            assert held.read() == other.read() == b"old"
+            Path(f"/proc/self/fd/{other.fileno()}").read_bytes()  # can be opened without its name
+
+
 def test_a_file_removed_and_made_again_by_the_other_is_read_anew(two: tuple[Path, Path]) -> None:
     a, b = two
     (a / "file").write_bytes(b"old")
