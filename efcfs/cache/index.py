@@ -10,7 +10,9 @@ All processes that share a tier share its index. A write transaction is a lock b
 belong to one transaction (`with index.change() as txn`); reading goes through `mask` and `look`.
 """
 
+import contextlib
 import os
+import re
 import struct
 import time
 from collections.abc import Iterable, Iterator
@@ -32,11 +34,14 @@ MAP_BYTES = 8 * 1024**3
 # Uses within so short a time are one use: the kernel reads an extent in several requests.
 ONE_USE_S = 2
 MAX_USES = 3
+# In one transaction, for victims: some 5 ms.
+MOST_LOOKED_AT = 512
 SMALL_SHARE = 0.1
 
 _HEAD = struct.Struct(">HBBQI")  # mask, uses, queue, place in the queue, used at (unix time, s)
 _MASK = struct.Struct(">H")
 _NO_SUMS = bytes(CHUNKS * SUM_BYTES)
+RECORD_BYTES = _HEAD.size + len(_NO_SUMS)
 # Bytes in small and in main, the place last given.
 _TOTALS = struct.Struct(">QQQ")
 _U64 = struct.Struct(">Q")
@@ -71,6 +76,15 @@ class Victim(NamedTuple):
     record: Record
 
 
+@contextlib.contextmanager
+def _no_nonsense() -> Iterator[None]:
+    """What no record can say is damage like that which LMDB finds itself: bits flip in records as well."""
+    try:
+        yield
+    except struct.error as error:
+        raise lmdb.CorruptedError(f"a record of the index is damaged ({error})") from None
+
+
 def extent_key(key: bytes, number: int) -> bytes:
     return key + _NUMBER.pack(number)
 
@@ -85,23 +99,26 @@ class Change:
 
     def __enter__(self) -> "Change":
         self._txn = self._index.env.begin(write=True)
-        totals = self._txn.get(b"totals", db=self._index.meta) or bytes(_TOTALS.size)
-        self.small_bytes, self.main_bytes, self._next_place = _TOTALS.unpack(totals)
+        try:
+            self.small_bytes, self.main_bytes, self._next_place = self._index.counts(self._txn)
+        except lmdb.Error:
+            self._txn.abort()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._txn.abort()
-            return
-        totals = _TOTALS.pack(self.small_bytes, self.main_bytes, self._next_place)
-        try:
-            self._txn.put(b"totals", totals, db=self._index.meta)
-            self._txn.commit()
-        except lmdb.Error:
-            self._txn.abort()
-            raise
+        with _no_nonsense():
+            try:
+                if error is not None:
+                    raise error
+                totals = _TOTALS.pack(self.small_bytes, self.main_bytes, self._next_place)
+                self._txn.put(b"totals", totals, db=self._index.meta)
+                self._txn.commit()
+            except BaseException:
+                self._txn.abort()
+                raise
 
     def reserve(self, key: bytes, number: int, *, queue: int = SMALL) -> None:
         """Announce that the extent is about to be filled; nobody then takes its space away."""
@@ -175,7 +192,8 @@ class Change:
         Reservations are spared unless they are older than `stale_before_s`: then who made them is dead.
         """
         found: dict[bytes, Victim] = {}
-        for _ in range(most * 16):
+        # An extent that was used is passed over up to MAX_USES + 1 times; that must not end the search.
+        for _ in range(MOST_LOOKED_AT):
             small = self.small_bytes > SMALL_SHARE * (self.small_bytes + self.main_bytes)
             head = self._head(SMALL if small else MAIN) or self._head(MAIN if small else SMALL)
             if head is None or head[0] in found or len(found) == most:
@@ -289,7 +307,9 @@ class Index:
                 elif found != FORMAT:
                     raise Unusable(f"index is of another kind ({found.decode(errors='replace')})")
                 # The directory of the files that it tells of.
-                self.data = txn.get(b"data", b"data").decode()
+                self.data = txn.get(b"data", b"data").decode(errors="replace")
+                if not re.fullmatch("data(-[0-9a-f]{8})?", self.data):
+                    raise Unusable("index is damaged (where its files are is not to be read)")
             self.env.reader_check()
             self._reading = self.env.begin(db=self.extents)
         except lmdb.Error as error:
@@ -307,7 +327,12 @@ class Index:
     def mask(self, key: bytes, number: int) -> int:
         """The chunks of the extent that are there, as of the last `renew`; 1 µs."""
         value = self._reading.get(key + _NUMBER.pack(number))
-        return _MASK.unpack_from(value)[0] if value is not None else 0
+        if value is None:
+            return 0
+        if len(value) != RECORD_BYTES:
+            raise lmdb.CorruptedError("a record of the index is damaged")
+        found: int = _MASK.unpack_from(value)[0]
+        return found
 
     def look(self, key: bytes, number: int) -> Record | None:
         """The extent now, for any thread."""
@@ -316,7 +341,7 @@ class Index:
 
     def has_file(self, key: bytes) -> bool:
         """Whether any bytes of the file are there, reservations do not count; 3 µs."""
-        with self.env.begin(db=self.extents) as txn, txn.cursor() as cursor:
+        with self.env.begin(db=self.extents) as txn, txn.cursor() as cursor, _no_nonsense():
             more = cursor.set_range(key)
             while more and cursor.key()[:KEY_BYTES] == key:
                 if _MASK.unpack_from(cursor.value())[0]:
@@ -333,10 +358,16 @@ class Index:
             found = txn.get(identity)
         return bytes(found) if found is not None else None
 
+    def counts(self, txn: lmdb.Transaction) -> tuple[int, int, int]:
+        """Bytes in small and in main, and the place last given."""
+        with _no_nonsense():
+            small, main, place = _TOTALS.unpack(txn.get(b"totals", db=self.meta) or bytes(_TOTALS.size))
+        return small, main, place
+
     def totals(self) -> tuple[int, int, int]:
         """Bytes, extents, and the capacity in bytes that was last set (0: never)."""
-        with self.env.begin() as txn:
-            small, main, _ = _TOTALS.unpack(txn.get(b"totals", db=self.meta) or bytes(_TOTALS.size))
+        with self.env.begin() as txn, _no_nonsense():
+            small, main, _ = self.counts(txn)
             capacity = txn.get(b"capacity", db=self.meta)
             items = txn.stat(self.extents)["entries"]
             return small + main, items, _U64.unpack(capacity)[0] if capacity else 0
@@ -354,7 +385,9 @@ class Index:
         ends = time.monotonic() + most_s
         for db in (self.files, *self.queues, self.ghosts, self.extents):
             with self.env.begin(db=db) as txn, txn.cursor() as cursor:
-                for _ in cursor:
+                for _, value in cursor:
+                    if db is self.extents:
+                        _record(value)
                     if time.monotonic() > ends:
                         break
         with self.env.begin(write=True, db=self.meta) as txn:
@@ -378,7 +411,11 @@ class Index:
 def _record(value: bytes | memoryview | None) -> Record | None:
     if value is None:
         return None
+    if len(value) != RECORD_BYTES:
+        raise lmdb.CorruptedError("a record of the index is damaged")
     mask, uses, queue, place, used_at_s = _HEAD.unpack_from(value)
+    if queue > MAIN:
+        raise lmdb.CorruptedError(f"a record of the index is damaged (queue {queue})")
     return Record(mask, uses, queue, place, used_at_s, bytes(value[_HEAD.size :]))
 
 

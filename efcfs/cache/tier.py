@@ -359,9 +359,11 @@ class Tier:
 
     def _evict(self, demote: Demote | None, at_least: int) -> bool:
         evicted = 0
-        while evicted < at_least or self.pressure() > LOW_WATER:
+        while (over := self.pressure() - LOW_WATER) > 0 or evicted < at_least:
+            # No more than there must be: a small tier would be empty after it.
+            most = max(at_least - evicted, 1 + int(over * self.capacity_bytes / EXTENT_BYTES))
             with self.index.change() as txn:
-                victims = txn.victims(VICTIMS_AT_ONCE, int(time.time()) - STALE_RESERVATION_S)
+                victims = txn.victims(min(VICTIMS_AT_ONCE, most), int(time.time()) - STALE_RESERVATION_S)
             if not victims:
                 break
             if demote is not None:

@@ -2,14 +2,15 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lmdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcfs.cache.index import CHUNK_BYTES, CHUNKS, FULL_MASK, Index, Unusable
+from efcfs.cache.index import CHUNK_BYTES, CHUNKS, FULL_MASK, RECORD_BYTES, Index, Unusable, extent_key
 from efcfs.cache.tier import HIGH_WATER, Tier
 
 KEYS = [bytes([i]) * 16 for i in range(3)]
@@ -194,4 +195,50 @@ def test_an_index_of_another_version_is_unusable(tmp_path: Path) -> None:
         txn.put(b"format", b"efcfs cache 99")
     index.close()
     with pytest.raises(Unusable, match="another kind"):
+        Index(tmp_path, durable=True)
+
+
+def damage_key(index: Index, txn: lmdb.Transaction) -> None:
+    txn.put(KEYS[0] + b"\0\0", bytes(RECORD_BYTES), db=index.extents)
+
+
+def damage_length(index: Index, txn: lmdb.Transaction) -> None:
+    txn.put(extent_key(KEYS[0], 0), b"\1", db=index.extents)
+
+
+def damage_queue(index: Index, txn: lmdb.Transaction) -> None:
+    txn.put(extent_key(KEYS[0], 0), b"\xff" * RECORD_BYTES, db=index.extents)
+
+
+def damage_totals(index: Index, txn: lmdb.Transaction) -> None:
+    txn.put(b"totals", b"\1\2\3", db=index.meta)
+
+
+def damage_counts(index: Index, txn: lmdb.Transaction) -> None:
+    txn.put(b"totals", b"\xff" * 24, db=index.meta)
+
+
+@pytest.mark.parametrize("damage", [damage_key, damage_length, damage_queue, damage_totals, damage_counts])
+def test_records_that_cannot_be_are_damage_as_lmdb_would_find_it(
+    index: Index, damage: Callable[[Index, lmdb.Transaction], None]
+) -> None:
+    with index.change() as txn:
+        txn.reserve(KEYS[0], 0)
+        txn.add(KEYS[0], 0, FULL)
+        txn.reserve(KEYS[0], 1)
+    with index.env.begin(write=True) as raw:
+        damage(index, raw)
+    with pytest.raises(lmdb.CorruptedError), index.change() as change:
+        change.remove_file(KEYS[0])
+        change.reserve(KEYS[1], 0)
+    with index.env.begin(write=True):  # no transaction is left open
+        pass
+
+
+def test_an_index_that_names_files_elsewhere_is_unusable(tmp_path: Path) -> None:
+    index = Index(tmp_path, durable=True)
+    with index.env.begin(write=True, db=index.meta) as txn:
+        txn.put(b"data", b"../elsewhere")
+    index.close()
+    with pytest.raises(Unusable, match="damaged"):
         Index(tmp_path, durable=True)

@@ -93,3 +93,12 @@ def test_what_one_tier_evicts_the_next_one_has_though_its_file_is_new_there(tmp_
         assert target == data
     memory.close()
     disk.close()
+
+
+def test_a_small_tier_is_not_emptied_when_it_evicts(tmp_path: Path) -> None:
+    tier = Tier("mem", tmp_path, 16 * MIB, in_memory=True)
+    for number in range(16):
+        fill(tier, bytes([number]) * 16, bytes(EXTENT_BYTES))
+    assert tier.evict()
+    assert 13 * MIB <= tier.index.totals()[0] <= 15 * MIB
+    tier.close()

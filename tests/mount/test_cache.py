@@ -265,7 +265,7 @@ def test_flipped_bits_on_the_disk_are_a_miss_and_are_counted(
     read_until_on_disk(watched, here / "data", data, 40 * MIB)
     for path in (tmp_path / "ssd").glob("data-*/*/*"):
         with open(path, "r+b") as file:
-            for offset in range(0, len(data), 64 * 1024):
+            for offset in range(0, path.stat().st_size - 77, 64 * 1024):
                 byte = os.pread(file.fileno(), 1, offset + 77)
                 os.pwrite(file.fileno(), bytes([byte[0] ^ 0x10]), offset + 77)
     assert read(here / "data") == data
