@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 READY_S = 30.0
+MOST_PAUSE_S = 60.0
 PR_SET_PDEATHSIG = 1
 CLONE_NEWNS, MS_REC, MS_PRIVATE, MNT_DETACH = 0x20000, 0x4000, 1 << 18, 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -131,6 +132,7 @@ class Ganesha:
         self._started_s = 0
         self._starter: subprocess.Popen[str] | None = None
         self._pid = 0
+        self._alarm: threading.Timer | None = None
 
     def __enter__(self) -> "Ganesha":
         self.start()
@@ -170,8 +172,14 @@ class Ganesha:
         self._starter = None
 
     def pause(self) -> None:
-        """SIGSTOP: the machine's kernel still takes connections and bytes; nobody answers when this returns."""
+        """SIGSTOP: the machine's kernel still takes connections and bytes; nobody answers when this returns.
+
+        Should the test wait for what only the server can give, it goes on after a minute, and `resume` fails.
+        """
         os.kill(self._pid, signal.SIGSTOP)
+        self._alarm = threading.Timer(MOST_PAUSE_S, os.kill, (self._pid, signal.SIGCONT))
+        self._alarm.daemon = True
+        self._alarm.start()
         ends = time.monotonic() + 10
         # A thread that runs on another processor goes on until the signal reaches it.
         while not all(state(task) == "T" for task in Path(f"/proc/{self._pid}/task").iterdir()):
@@ -179,7 +187,11 @@ class Ganesha:
             time.sleep(0.001)
 
     def resume(self) -> None:
+        assert self._alarm is not None, "never paused"
+        in_time = self._alarm.is_alive()
+        self._alarm.cancel()
         os.kill(self._pid, signal.SIGCONT)
+        assert in_time, f"something waited for the paused server for {MOST_PAUSE_S} s"
 
     def kill(self) -> None:
         """SIGKILL: the next `start` is another server life, with another write verifier."""
@@ -191,6 +203,8 @@ class Ganesha:
         self.start()
 
     def _end(self, number: signal.Signals) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
         ends = time.monotonic() + 10
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGCONT)

@@ -162,7 +162,7 @@ def test_a_version_that_keeps_its_state_otherwise_is_refused_and_the_old_one_goe
 
 
 def test_a_daemon_that_cannot_start_leaves_the_old_one(own: Mount, export: Path, tmp_path: Path) -> None:
-    broken = other_version(tmp_path / "broken", store=("daemon.py", "store = open_store(config)", "1 / 0"))
+    broken = other_version(tmp_path / "broken", store=("daemon.py", "store = open_store(config, request)", "1 / 0"))
     with own:
         before = own.status()
         assert "internal error (division by zero)" in upgrade(own, "--python", str(broken))
