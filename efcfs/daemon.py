@@ -25,8 +25,7 @@ from efcfs.cache.store import Store
 from efcfs.cache.tier import TRY_ALL_S, TRY_S, Tier
 from efcfs.config import MIN_MEM_BYTES, MountConfig, memory_bytes
 from efcfs.fuse.notify import KernelCaches, resend
-from efcfs.fuse.operations import Operations
-from efcfs.fuse.session import serve
+from efcfs.fuse.session import Session
 from efcfs.fuse.wire import Wire
 from efcfs.keeper import MESSAGE_BYTES, log_to
 from efcfs.nfs.client import Client, ConnectError, Known, connect, own_credential
@@ -58,14 +57,17 @@ async def run(keeper: socket.socket, request: Asked) -> None:
         config = MountConfig.from_json(values)
         check_version(state_dir)
         store = open_store(config, request)
-        async with connected(config, state_dir, request) as client:
-            say(keeper, connected=True)
-            await trio.lowlevel.wait_readable(keeper)
-            data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES, 1)
-            if fds:  # or the keeper changed its mind
-                async with open_filesystem(client, filesystem_options(config), state_dir, store) as fs:
-                    mount = Mount(keeper, request, config, client, fs, store)
-                    await mount.serve(fds[0], json.loads(data))
+        with contextlib.closing(Session()) as session:
+            if request["init"] is not None:
+                await session.greet(base64.b64decode(str(request["init"])))
+            async with connected(config, state_dir, request) as client:
+                say(keeper, connected=True)
+                await trio.lowlevel.wait_readable(keeper)
+                data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES, 1)
+                if fds:  # or the keeper changed its mind
+                    async with open_filesystem(client, filesystem_options(config), state_dir, store) as fs:
+                        mount = Mount(keeper, request, config, client, fs, store)
+                        await mount.serve(session, fds[0], json.loads(data))
         nursery.cancel_scope.cancel()
 
 
@@ -87,14 +89,14 @@ class Mount:
         self._upgrade: trio.MemorySendChannel[str] | None = None
         self._replaced = False
 
-    async def serve(self, fuse_fd: int, hand_over: Asked) -> None:
+    async def serve(self, session: Session, fuse_fd: int, hand_over: Asked) -> None:
         init, first = base64.b64decode(str(hand_over["init"])), bool(hand_over["first"])
         async with trio.open_nursery() as answering, trio.open_nursery() as nursery:
             self._answering, self._nursery = answering, nursery
             self._listen()
             self._fs.attach(KernelCaches(fuse_fd, nursery))
             nursery.start_soon(self._obey, fuse_fd)
-            await serve(Operations(self._fs), fuse_fd, init, first=first, on_ready=self._ready)
+            await session.serve(self._fs, fuse_fd, init, first=first, on_ready=self._ready)
             if not self._replaced:
                 await finish(self._fs, self._config)
                 self._fs.dirty.remove()

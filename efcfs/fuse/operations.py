@@ -22,7 +22,7 @@ from pyfuse3 import (
 )
 
 from efcfs.fuse.callers import Callers
-from efcfs.fuse.direct import BLKSIZE, MODE_OF_TYPE, Asked, requests, told
+from efcfs.fuse.direct import BLKSIZE, MODE_OF_TYPE, Asked, Served, requests, told
 from efcfs.fuse.wire import Caller
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
@@ -55,15 +55,18 @@ def _answered(
 
 
 class Operations(pyfuse3.Operations):
-    """pyfuse3's request handlers over one file system."""
+    """pyfuse3's request handlers, over one file system from `begin` on."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, fs: FileSystem) -> None:
+    _fs: FileSystem
+    served: dict[int, Served]
+    asked: Callable[[int], Asked]
+    """What is behind a context's pid, which is a token of the wire's (`session.py` sets it)."""
+
+    def begin(self, fs: FileSystem) -> None:
         self._fs = fs
-        # What is behind a context's pid, which is a token of the wire's (`session.serve` sets it).
-        self.asked: Callable[[int], Asked] | None = None
         self.callers = Callers()
         self.served = requests(fs, self.callers)
 
@@ -240,7 +243,6 @@ class Operations(pyfuse3.Operations):
 
     def _who(self, ctx: RequestContext) -> tuple[Credential, Request]:
         """Who asks, and what the kernel says of the request."""
-        assert self.asked is not None
         asked = self.asked(ctx.pid)
         return self.callers.credential(ctx.uid, ctx.gid, asked.pid), asked.request
 

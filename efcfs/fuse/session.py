@@ -18,6 +18,7 @@ from efcfs.fuse.notify import resend
 from efcfs.fuse.operations import Operations
 from efcfs.fuse.wire import Wire, widen
 from efcfs.nfs.nursery import open_nursery
+from efcfs.vfs.filesystem import FileSystem
 
 # <linux/fuse.h>, protocol 7.36 and later
 FUSE_AUTO_INVAL_DATA = 1 << 12
@@ -54,54 +55,62 @@ def amend_init_reply(request: bytes, reply: bytes) -> bytes:
     return bytes(amended)
 
 
-async def serve(
-    operations: Operations, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[Wire], None]
-) -> None:
-    """Serve the mount behind `fuse_fd` until it is unmounted, or until cancelled, and leave it then to others.
+class Session:
+    """libfuse's session. It can greet libfuse before there is a mount or a file system: that takes some 20 ms."""
 
-    first: nobody served it before, so the kernel waits for the INIT reply; otherwise requests that died
-    with the daemon before are asked for again (kernel 6.9 or later).
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    room = widen(ours, theirs, MAX_TASKS)
-    number = theirs.detach()
-    pyfuse3.init(operations, f"/dev/fd/{number}", set())
-    try:
-        reply = await _shake_hands(ours, number, init_request)
-        if first:
-            os.write(fuse_fd, amend_init_reply(init_request, reply))
-        else:
-            resend(fuse_fd)
-        async with open_nursery() as nursery:
-            wire = Wire(fuse_fd, ours, room.listed_bytes, operations, nursery.cancel_scope)
-            operations.asked = wire.asked
-            on_ready(wire)
-            nursery.start_soon(pyfuse3.main, min(MIN_TASKS, room.requests), room.requests)
-            await wire.run()
-            pyfuse3.terminate()  # it ends when what libfuse has is done
-    finally:
-        os.close(fuse_fd)
-        ours.close()
+    def __init__(self) -> None:
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setblocking(False)
+        self._room = widen(self._ours, theirs, MAX_TASKS)
+        self._number = theirs.detach()
+        self._operations = Operations()
+        self._reply = b""
+        pyfuse3.init(self._operations, f"/dev/fd/{self._number}", set())
+
+    def close(self) -> None:
+        self._ours.close()
         pyfuse3.close(unmount=False)
 
+    async def greet(self, init_request: bytes) -> None:
+        """Have libfuse answer the INIT request. To be called once, before `serve` or by it."""
+        async with trio.open_nursery() as nursery:
+            ended = trio.Event()
 
-async def _shake_hands(ours: socket.socket, number: int, init_request: bytes) -> bytes:
-    """Let libfuse answer the INIT request; returns its reply."""
-    reply = b""
-    async with trio.open_nursery() as nursery:
-        ended = trio.Event()
+            async def first_main() -> None:
+                await pyfuse3.main(1, 1)
+                ended.set()
 
-        async def first_main() -> None:
-            await pyfuse3.main(1, 1)
-            ended.set()
+            nursery.start_soon(first_main)
+            self._ours.send(init_request)
+            await trio.lowlevel.wait_readable(self._ours)
+            self._reply = amend_init_reply(init_request, self._ours.recv(65536))
+            while not ended.is_set():
+                # main's tasks wait for the socket one after the other; each is told to stop.
+                trio.lowlevel.notify_closing(self._number)
+                await trio.lowlevel.checkpoint()
 
-        nursery.start_soon(first_main)
-        ours.send(init_request)
-        await trio.lowlevel.wait_readable(ours)
-        reply = ours.recv(65536)
-        while not ended.is_set():
-            # main's tasks wait for the socket one after the other; each is told to stop.
-            trio.lowlevel.notify_closing(number)
-            await trio.lowlevel.checkpoint()
-    return reply
+    async def serve(
+        self, fs: FileSystem, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[Wire], None]
+    ) -> None:
+        """Serve the mount behind `fuse_fd` until it is unmounted, or until cancelled, and leave it then to others.
+
+        first: nobody served it before, so the kernel waits for the INIT reply; otherwise requests that died
+        with the daemon before are asked for again (kernel 6.9 or later).
+        """
+        try:
+            self._operations.begin(fs)
+            if not self._reply:
+                await self.greet(init_request)
+            if first:
+                os.write(fuse_fd, self._reply)
+            else:
+                resend(fuse_fd)
+            async with open_nursery() as nursery:
+                wire = Wire(fuse_fd, self._ours, self._room.listed_bytes, self._operations, nursery.cancel_scope)
+                self._operations.asked = wire.asked
+                on_ready(wire)
+                nursery.start_soon(pyfuse3.main, min(MIN_TASKS, self._room.requests), self._room.requests)
+                await wire.run()
+                pyfuse3.terminate()  # it ends when what libfuse has is done
+        finally:
+            os.close(fuse_fd)

@@ -93,7 +93,7 @@ def test_the_old_daemon_changes_nothing_while_the_new_one_takes_over(
     server: Ganesha, own: Mount, export: Path, tmp_path: Path
 ) -> None:
     """What it would give back, the new one uses."""
-    slowly = "await trio.sleep(3)\n            on_ready(wire)\n"
+    slowly = "await trio.sleep(3); on_ready(wire)\n"
     slow = other_version(tmp_path / "slow", ready=("fuse/session.py", "on_ready(wire)\n", slowly))
     with own:
         keeper = own.status()["keeper_pid"]
@@ -121,7 +121,7 @@ def test_the_old_daemon_changes_nothing_while_the_new_one_takes_over(
 def test_a_new_daemon_that_is_killed_before_it_serves_leaves_the_old_one(
     own: Mount, export: Path, tmp_path: Path
 ) -> None:
-    slowly = "await trio.sleep(3)\n            on_ready(wire)\n"
+    slowly = "await trio.sleep(3); on_ready(wire)\n"
     slow = other_version(tmp_path / "slow", ready=("fuse/session.py", "on_ready(wire)\n", slowly))
     with own:
         here, before = Place.of(own, export).here, own.status()
