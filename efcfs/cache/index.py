@@ -120,13 +120,13 @@ class Change:
                 self._txn.abort()
                 raise
 
-    def reserve(self, key: bytes, number: int, *, queue: int = SMALL) -> None:
+    def reserve(self, key: bytes, number: int, *, queue: int = SMALL, uses: int = 0) -> None:
         """Announce that the extent is about to be filled; nobody then takes its space away."""
         at = extent_key(key, number)
         if self._txn.get(at, db=self._index.extents) is not None:
             return
         ghost = self._txn.pop(at, db=self._index.ghosts)
-        self._enter(at, Record(0, 0, queue if ghost is None else MAIN, 0, int(time.time()), _NO_SUMS))
+        self._enter(at, Record(0, uses, queue if ghost is None else MAIN, 0, int(time.time()), _NO_SUMS))
 
     def add(self, key: bytes, number: int, chunks: Iterable[tuple[int, bytes]]) -> bool:
         """Chunks (their index in the extent, checksum) are there now. False: the reservation is gone."""
@@ -158,11 +158,11 @@ class Change:
             self._put(at, old._replace(uses=min(MAX_USES, old.uses + 1), used_at_s=used_at_s))
 
     def promote(self, key: bytes, number: int) -> None:
-        """The extent is wanted, though nobody has read it yet."""
+        """The extent is wanted, though nobody has read it yet: more than any that was read before."""
         at = extent_key(key, number)
         old = _record(self._txn.get(at, db=self._index.extents))
-        if old is not None and old.queue == SMALL:
-            self._enter(at, self._leave(at, old)._replace(queue=MAIN))
+        if old is not None:
+            self._enter(at, self._leave(at, old)._replace(queue=MAIN, uses=MAX_USES))
 
     def remove(self, key: bytes, number: int) -> Record | None:
         at = extent_key(key, number)
@@ -189,10 +189,10 @@ class Change:
     def victims(self, most: int, stale_before_s: int) -> list[Victim]:
         """Choose extents to evict. They go to the end of their queues, should the caller change its mind.
 
-        Reservations are spared unless they are older than `stale_before_s`: then who made them is dead.
+        Reservations are spared unless they are older than `stale_before_s`: then who made them is dead. None found:
+        the next MOST_LOOKED_AT may have some, for an extent that was used is passed over up to MAX_USES + 1 times.
         """
         found: dict[bytes, Victim] = {}
-        # An extent that was used is passed over up to MAX_USES + 1 times; that must not end the search.
         for _ in range(MOST_LOOKED_AT):
             small = self.small_bytes > SMALL_SHARE * (self.small_bytes + self.main_bytes)
             head = self._head(SMALL if small else MAIN) or self._head(MAIN if small else SMALL)

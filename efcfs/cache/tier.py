@@ -29,7 +29,17 @@ from typing import NamedTuple
 import lmdb
 import xxhash
 
-from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Index, Record, Unusable, Victim
+from efcfs.cache.index import (
+    CHUNK_BYTES,
+    CHUNKS,
+    EXTENT_BYTES,
+    MAX_USES,
+    MOST_LOOKED_AT,
+    Index,
+    Record,
+    Unusable,
+    Victim,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +305,8 @@ class Tier:
                 return  # they came from here
             with self.index.change() as txn:
                 for extent in new:
-                    txn.reserve(extent.victim.key, extent.victim.number, queue=extent.victim.record.queue)
+                    record = extent.victim.record
+                    txn.reserve(extent.victim.key, extent.victim.number, queue=record.queue, uses=record.uses)
             inodes = [self._write(extent) for extent in new]
             with self.index.change() as txn:
                 for (victim, _, _), inode in zip(new, inodes, strict=True):
@@ -358,14 +369,18 @@ class Tier:
             return self._evict(demote, at_least)
 
     def _evict(self, demote: Demote | None, at_least: int) -> bool:
-        evicted = 0
+        evicted = passed_over = 0
         while (over := self.pressure() - LOW_WATER) > 0 or evicted < at_least:
             # No more than there must be: a small tier would be empty after it.
             most = max(at_least - evicted, 1 + int(over * self.capacity_bytes / EXTENT_BYTES))
             with self.index.change() as txn:
                 victims = txn.victims(min(VICTIMS_AT_ONCE, most), int(time.time()) - STALE_RESERVATION_S)
             if not victims:
-                break
+                passed_over += MOST_LOOKED_AT
+                if passed_over > (MAX_USES + 2) * self.index.totals()[1]:
+                    break  # all of it is being filled
+                continue
+            passed_over = 0
             if demote is not None:
                 for victim in victims:
                     demote(victim, self.take_out)

@@ -3,14 +3,15 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import lmdb
 import pytest
 
-from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES, Victim
-from efcfs.cache.tier import Tier, checksum
+from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES, MAX_USES, ONE_USE_S, Victim
+from efcfs.cache.tier import HIGH_WATER, Tier, checksum
 from tests.place import small_tmpfs
 
 MIB = 1024 * 1024
@@ -101,4 +102,35 @@ def test_a_small_tier_is_not_emptied_when_it_evicts(tmp_path: Path) -> None:
         fill(tier, bytes([number]) * 16, bytes(EXTENT_BYTES))
     assert tier.evict()
     assert 13 * MIB <= tier.index.totals()[0] <= 15 * MIB
+    tier.close()
+
+
+def chunks_of(tier: Tier, keys: Iterable[bytes], *, uses: int) -> None:
+    """Files of one chunk, each used so often."""
+    for key in keys:
+        fill(tier, key, bytes(CHUNK_BYTES))
+        with tier.index.change() as txn:
+            for n in range(uses):
+                txn.touch(key, 0, int(time.time()) + ONE_USE_S * (n + 1))
+
+
+def test_a_tier_of_which_everything_was_used_finds_what_to_evict(tmp_path: Path) -> None:
+    tier = Tier("mem", tmp_path, 700 * CHUNK_BYTES, in_memory=True)
+    chunks_of(tier, (b"%016d" % n for n in range(700)), uses=MAX_USES)
+    assert tier.evict()
+    assert 600 <= tier.index.totals()[1] <= 630
+    tier.close()
+
+
+def test_what_was_warmed_up_outlives_what_was_read_often_before(tmp_path: Path) -> None:
+    tier = Tier("mem", tmp_path, 100 * CHUNK_BYTES, in_memory=True)
+    chunks_of(tier, (b"read%012d" % n for n in range(60)), uses=MAX_USES)
+    warmed = [b"warm%012d" % n for n in range(60)]
+    for key in warmed:
+        chunks_of(tier, [key], uses=0)
+        with tier.index.change() as txn:
+            txn.promote(key, 0)
+        if tier.pressure() > HIGH_WATER:
+            assert tier.evict()
+    assert all(tier.index.has_file(key) for key in warmed)
     tier.close()
