@@ -82,8 +82,9 @@ def big_file(root: Path, gib: float, rounds: int, rows: Rows, targets: Targets) 
             ours = mount.path / "data"
             sequential_s(ours)
             wait_until(lambda: used_bytes(mount, "mem") >= size_bytes, 60)
+            # A second each, and as much as a half faster or slower from one to the next.
             cold = in_turns(
-                rounds, {"efcfs": lambda: sequential_s(ours), "floor": lambda: sequential_s(low / "big")},
+                3 * rounds, {"efcfs": lambda: sequential_s(ours), "floor": lambda: sequential_s(low / "big")},
                 lambda: drop_page_cache(then_touch_bytes=2 * size_bytes),
             )  # fmt: skip
             for path in (ours, low / "big", data):
