@@ -468,10 +468,10 @@ class Store:
 
     async def _remove_strangers(self) -> None:
         while True:
+            await trio.sleep(STRANGERS_S)  # first: a daemon that takes over has other things to do
             for tier in self.tiers:
                 if tier.usable():
                     await trio.to_thread.run_sync(tier.remove_strangers, abandon_on_cancel=True)
-            await trio.sleep(STRANGERS_S)
 
     def _demote(self, victim: Victim, take_out: Callable[[Victim], Leaving | None]) -> None:
         """Queue what memory evicts for a disk; when the disks are slower than the readers, some of it is lost."""

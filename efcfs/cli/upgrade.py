@@ -40,6 +40,7 @@ def upgrade(mountpoint: str, python: str | None, options: tuple[str, ...]) -> in
         check_cache(replace(other, ssd=tuple(tier for tier in other.ssd if tier not in now.ssd)))
         config = other.to_json()
     interpreter = checked(python) if python is not None else sys.executable
+    os.nice(19)  # our end must not take the processor from the new daemon, which has a queue of requests then
     ask(mounted, {"cmd": "upgrade", "daemon": [interpreter, "-m", "efcfs.daemon"], "config": config})
     return 0
 
