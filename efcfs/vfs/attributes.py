@@ -1,14 +1,15 @@
-"""How long attributes may be believed, and what a change of them means.
+"""How long attributes may be believed, what a change of them means, and what a caller may do.
 
 Adaptive timeouts as in nfs(5): a file's attributes are fresh for acregmin seconds, longer each time they
 turn out unchanged, up to acregmax; directories likewise. Every reply that carries attributes updates the
 cache. A version (size, mtime, ctime) that changed without a call of ours having changed it means that
-somebody else wrote: then the kernel's pages and our readahead of the file are void.
+somebody else wrote: then the kernel's pages and our readahead of the file are void. How a file is kept consistent
+(`consistency.py`) is asked for here, as it decides all that.
 """
 
+import errno
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +18,8 @@ from efcfs.nfs.client import Client
 from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import Fattr, Wcc
 from efcfs.nfs.rpc import Credential
-from efcfs.vfs.consistency import Mode
-from efcfs.vfs.inodes import Inode
+from efcfs.vfs.consistency import Consistency, Mode
+from efcfs.vfs.inodes import Inode, Inodes
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,26 @@ def version(attr: Fattr) -> tuple[int, int, int]:
 class Attributes:
     """The attribute cache of one mount."""
 
-    def __init__(self, client: Client, timeouts: Timeouts, mode_of: Callable[[Inode], Mode]) -> None:
+    def __init__(self, client: Client, timeouts: Timeouts, consistency: Consistency, inodes: Inodes) -> None:
         self.kernel: Kernel | None = None
-        self._mode_of = mode_of
         self._client = client
         self._timeouts = timeouts
+        self._consistency = consistency
+        self._inodes = inodes
         self._since = time.monotonic()
+
+    def mode_of(self, inode: Inode) -> Mode:
+        """By which rule it is kept consistent."""
+        consistency = self._consistency
+        if not consistency.by_path:
+            return consistency.default
+        if inode.mode is None:
+            inode.mode = consistency.of(self._inodes.path(inode))
+        return inode.mode
+
+    def refuse_immutable(self, *inodes: Inode) -> None:
+        if any(self.mode_of(inode) is Mode.IMMUTABLE for inode in inodes):
+            raise OSError(errno.EROFS, "immutable by the mount's rules")
 
     def remaining_s(self, inode: Inode) -> float:
         """How long the cached attributes are still fresh; while the server is away, old ones must do."""
@@ -74,13 +89,13 @@ class Attributes:
 
     def may_be_old(self, inode: Inode) -> bool:
         """Whether what is known of the inode may be told when the server does not answer."""
-        return inode.attr is not None and self._mode_of(inode) is not Mode.STRICT
+        return inode.attr is not None and self.mode_of(inode) is not Mode.STRICT
 
     def tell_version(self, inode: Inode) -> bool:
         """Whether its attributes tell which bytes it has: unless they are of before a write of ours, or of what a
         daemon before us knew. While the server is away they must do.
         """
-        return inode.attr_at >= self._since or self._client.away or self._mode_of(inode) is Mode.IMMUTABLE
+        return inode.attr_at >= self._since or self._client.away or self.mode_of(inode) is Mode.IMMUTABLE
 
     async def get(self, inode: Inode, cred: Credential) -> Fattr:
         """Fresh attributes: cached ones, or from the server."""
@@ -97,6 +112,34 @@ class Attributes:
             return inode.attr
         self.update(inode, attr, asked_at)
         return attr
+
+    async def may(self, inode: Inode, wanted: int, cred: Credential) -> bool:
+        """Ask the server for rights; its answer revalidates the attributes at the same time."""
+        asked_at = time.monotonic()
+        ino = inode.ino
+        # Reading what is cached goes on without the server; the kernel has checked the mode.
+        reading = not wanted & (nfs3.ACCESS3_MODIFY | nfs3.ACCESS3_EXTEND) and self.may_be_old(inode)
+        if reading and self._client.away:
+            return True
+        try:
+            result = await self._client.access(cred, inode.fh, wanted, impatient=reading)
+        except ServerAway:
+            return True
+        inode = self._inodes.get(ino)
+        if result.attr is None:
+            await self.revalidate(inode, cred)
+        else:
+            self.update(inode, result.attr, asked_at)
+        return result.access & wanted == wanted
+
+    def learn(self, ino: int, attr: Fattr, asked_at: float) -> None:
+        """Attributes that came with a READ. While we write ourselves, they tell nothing new."""
+        try:
+            inode = self._inodes.get(ino)
+        except KeyError:
+            return  # forgotten meanwhile
+        if inode.open_file is None or not inode.open_file.extents:
+            self.update(inode, attr, asked_at)
 
     def update(self, inode: Inode, attr: Fattr | None, asked_at: float, *, own: bool = False) -> None:
         """Take over the attributes of a reply whose call was sent at `asked_at` (monotonic).
@@ -148,13 +191,19 @@ class Attributes:
     def expire(self, inode: Inode) -> None:
         inode.timeout_s = 0.0
 
+    def lose(self, inode: Inode) -> None:
+        """They changed by a call of ours that returned no new ones."""
+        self.expire(inode)
+        if self.kernel is not None:
+            self.kernel.drop_attributes(inode.ino)
+
     def doubt(self, inode: Inode) -> None:
         """Bytes of it were changed, and no attributes came that tell so: the next read asks for them."""
         inode.attr_at = inode.timeout_s = 0.0
 
     def _bounds(self, inode: Inode, attr: Fattr) -> tuple[float, float]:
         t = self._timeouts
-        mode = self._mode_of(inode)
+        mode = self.mode_of(inode)
         if mode is Mode.STRICT:
             return (0.0, 0.0)
         if mode is Mode.IMMUTABLE:

@@ -114,10 +114,10 @@ class FileSystem:
         nursery: trio.Nursery, store: Store | None,
     ) -> None:  # fmt: skip
         self.read_only = options.read_only
-        self.attributes = Attributes(client, options.timeouts, self._mode_of)
+        self.attributes = Attributes(client, options.timeouts, options.consistency, inodes)
         self.dirty = dirty
         self.reader = Reader(
-            fetch_from(client), store, options.server_identity, self._learn, self._written, nursery
+            fetch_from(client), store, options.server_identity, self.attributes.learn, self._written, nursery
         )
         self.writer = Writer(
             client, self.attributes, inodes, handles, dirty, options.most_dirty_bytes, self.reader.forget, nursery
@@ -188,14 +188,14 @@ class FileSystem:
 
     async def mkdir(self, parent: int, name: bytes, mode: int, cred: Credential, request: Request) -> Entry:
         directory = self._inodes.get(parent)
-        self._refuse_immutable(directory)
+        self.attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
         made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)), again=request.again)
         return await self._made(directory, name, made, asked_at, cred)
 
     async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential, request: Request) -> Entry:
         directory = self._inodes.get(parent)
-        self._refuse_immutable(directory)
+        self.attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
         made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target, again=request.again)
         return await self._made(directory, name, made, asked_at, cred)
@@ -204,7 +204,7 @@ class FileSystem:
         self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential, request: Request
     ) -> Entry:
         directory = self._inodes.get(parent)
-        self._refuse_immutable(directory)
+        self.attributes.refuse_immutable(directory)
         sattr = Sattr(mode=stat.S_IMODE(mode))
         asked_at = time.monotonic()
         if stat.S_ISREG(mode):
@@ -222,7 +222,7 @@ class FileSystem:
         self, ino: int, new_parent: int, new_name: bytes, cred: Credential, request: Request
     ) -> Entry:
         inode, directory = self._inodes.get(ino), self._inodes.get(new_parent)
-        self._refuse_immutable(inode, directory)
+        self.attributes.refuse_immutable(inode, directory)
         asked_at = time.monotonic()
         result = await self._client.link(cred, inode.fh, directory.fh, new_name, again=request.again)
         self.attributes.update_wcc(directory, result.wcc, asked_at)
@@ -232,7 +232,7 @@ class FileSystem:
 
     async def unlink(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
         directory = self._inodes.get(parent)
-        self._refuse_immutable(directory)
+        self.attributes.refuse_immutable(directory)
         target = self._inodes.at(parent, name)
         if target is not None and _must_hide(target, request):
             await self._hide(directory, name, target, cred, request)
@@ -248,7 +248,7 @@ class FileSystem:
 
     async def rmdir(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
         directory = self._inodes.get(parent)
-        self._refuse_immutable(directory)
+        self.attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
         result = await self._client.rmdir(cred, directory.fh, name, again=request.again)
         self._inodes.removed(parent, name)
@@ -262,7 +262,7 @@ class FileSystem:
         if flags & ~RENAME_NOREPLACE:
             raise OSError(errno.EINVAL, "NFSv3 cannot exchange names")
         old, new = self._inodes.get(parent), self._inodes.get(new_parent)
-        self._refuse_immutable(old, new)
+        self.attributes.refuse_immutable(old, new)
         if request.again and await self._was_renamed(old, name, new, new_name, cred):
             return
         hidden: Inode | None = None
@@ -422,7 +422,7 @@ class FileSystem:
     ) -> Entry:  # fmt: skip
         """Change what is not None. With a handle the size is changed in the name of who opened it."""
         inode = self._inodes.get(ino)
-        self._refuse_immutable(inode)
+        self.attributes.refuse_immutable(inode)
         file = inode.open_file
         if file is not None and file.extents:
             if size_bytes is not None:
@@ -464,7 +464,7 @@ class FileSystem:
         is_dir = inode.attr is not None and inode.attr.type == nfs3.NF3DIR
         if mask & os.X_OK:
             wanted |= nfs3.ACCESS3_LOOKUP if is_dir else nfs3.ACCESS3_EXECUTE
-        return await self._may(inode, wanted, cred)
+        return await self.attributes.may(inode, wanted, cred)
 
     async def statfs(self, cred: Credential) -> tuple[nfs3.FsstatResult, int]:
         """FSSTAT of the export and the longest name it takes; as last seen while the server is away: find(1) asks."""
@@ -487,9 +487,9 @@ class FileSystem:
         inode = self._inodes.get(ino)
         number = self._opened_before.pop(request.unique, None) if request.again else None
         if number is not None and number in self._handles:
-            return Opened(number, False, self._mode_of(inode) is Mode.STRICT)
+            return Opened(number, False, self.attributes.mode_of(inode) is Mode.STRICT)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            self._refuse_immutable(inode)
+            self.attributes.refuse_immutable(inode)
         while ino in self._removals:
             await self._removals[ino].wait()
         inode.opened_at = time.monotonic()
@@ -504,9 +504,9 @@ class FileSystem:
                     await self._closed(file, cred)
 
     async def _open_checked(self, inode: Inode, flags: int, cred: Credential, request: Request) -> Opened:
-        cto = self._options.cto and self._mode_of(inode) is not Mode.IMMUTABLE
+        cto = self._options.cto and self.attributes.mode_of(inode) is not Mode.IMMUTABLE
         if cto or not self.attributes.remaining_s(inode):
-            if not await self._may(inode, _wanted_by(flags), cred):
+            if not await self.attributes.may(inode, _wanted_by(flags), cred):
                 raise OSError(errno.EACCES, "the server does not allow it")
             if inode.name_doubtful:
                 await self._check_name(inode, cred)
@@ -515,19 +515,19 @@ class FileSystem:
             await self.setattr(inode.ino, cred, size_bytes=0)
             inode.kernel_size_bytes = 0
         if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
-            self._prefetch_beside(inode, cred)
+            self.prefetch.opened(inode, cred)
         return self._opened(inode, flags, cred, request)
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, cred: Credential, request: Request
     ) -> tuple[Opened, Entry]:
         directory = self._inodes.get(parent)
-        self._refuse_immutable(directory)
+        self.attributes.refuse_immutable(directory)
         number = self._opened_before.pop(request.unique, None) if request.again else None
         if number is not None and number in self._handles:
             inode = self._open[self._handles[number].file.ino]
             await self.attributes.get(inode, cred)  # its lookup was counted by who opened it
-            return Opened(number, False, self._mode_of(inode) is Mode.STRICT), self._entry(inode)
+            return Opened(number, False, self.attributes.mode_of(inode) is Mode.STRICT), self._entry(inode)
         asked_at = time.monotonic()
         sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
         if flags & os.O_EXCL:
@@ -547,7 +547,7 @@ class FileSystem:
         file = handle.file
         inode = self._open[file.ino]
         attr = inode.attr
-        strict = self._mode_of(inode) is Mode.STRICT
+        strict = self.attributes.mode_of(inode) is Mode.STRICT
         if attr is None or file.extents or strict or not self.attributes.tell_version(inode):
             return None
         if not handle_id:
@@ -561,7 +561,7 @@ class FileSystem:
         handle = self._handles[handle_id]
         file = handle.file
         inode = self._open[file.ino]
-        strict = self._mode_of(inode) is Mode.STRICT
+        strict = self.attributes.mode_of(inode) is Mode.STRICT
         attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
         # What gets committed while we ask may not be in the answer: it is laid over all the same.
         extents = list(file.extents)
@@ -671,7 +671,7 @@ class FileSystem:
             await self._remove_hidden(self._inodes.get(parent), name, cred)
             file.sillyname = None
             self._inodes.unhidden(file.ino)
-            self._forget_attributes(self._inodes.get(file.ino))
+            self.attributes.lose(self._inodes.get(file.ino))
             if file.handles or file.opening:
                 return  # opened again meanwhile, by another link
         self._open.pop(file.ino).open_file = None
@@ -683,7 +683,7 @@ class FileSystem:
         number = self._opened_before.pop(request.unique, None) if request.again else None
         if number is not None and number in self._listings:
             return number
-        if not await self._may(inode, nfs3.ACCESS3_READ, cred):
+        if not await self.attributes.may(inode, nfs3.ACCESS3_READ, cred):
             raise OSError(errno.EACCES, "the server does not allow it")
         number = self._table.add(request.unique, ino, 0, cred, is_directory=True)
         self._listings[number] = self._directories.listing(self._inodes.get(ino), cred)
@@ -752,18 +752,6 @@ class FileSystem:
         """We change the file itself."""
         with contextlib.suppress(KeyError):  # its directory was forgotten
             self._directories.touched(self._inodes.get(inode.parent), inode.name)
-
-    def _mode_of(self, inode: Inode) -> Mode:
-        consistency = self._options.consistency
-        if not consistency.by_path:
-            return consistency.default
-        if inode.mode is None:
-            inode.mode = consistency.of(self._inodes.path(inode))
-        return inode.mode
-
-    def _refuse_immutable(self, *inodes: Inode) -> None:
-        if any(self._mode_of(inode) is Mode.IMMUTABLE for inode in inodes):
-            raise OSError(errno.EROFS, "immutable by the mount's rules")
 
     def _entry_timeout_s(self, directory: Inode, *, positive: bool) -> float:
         kind = self._options.lookupcache
@@ -841,53 +829,11 @@ class FileSystem:
         done = await self._client.setattr(cred, fh, times)
         return made._replace(fh=fh, attr=done.wcc.after)
 
-    async def _may(self, inode: Inode, wanted: int, cred: Credential) -> bool:
-        """Ask the server for rights; its answer revalidates the attributes at the same time."""
-        asked_at = time.monotonic()
-        ino = inode.ino
-        # Reading what is cached goes on without the server; the kernel has checked the mode.
-        reading = not wanted & (nfs3.ACCESS3_MODIFY | nfs3.ACCESS3_EXTEND) and self.attributes.may_be_old(inode)
-        if reading and self._client.away:
-            return True
-        try:
-            result = await self._client.access(cred, inode.fh, wanted, impatient=reading)
-        except ServerAway:
-            return True
-        inode = self._inodes.get(ino)
-        if result.attr is None:
-            await self.attributes.revalidate(inode, cred)
-        else:
-            self.attributes.update(inode, result.attr, asked_at)
-        return result.access & wanted == wanted
-
-    def _learn(self, ino: int, attr: Fattr, asked_at: float) -> None:
-        """Attributes that came with a READ. While we write ourselves, they tell nothing new."""
-        try:
-            inode = self._inodes.get(ino)
-        except KeyError:
-            return  # forgotten meanwhile
-        if inode.open_file is None or not inode.open_file.extents:
-            self.attributes.update(inode, attr, asked_at)
-
     def _written(self, ino: int) -> int | None:
         file = self._open[ino].open_file if ino in self._open else None
         if file is None:
             return 0
         return None if file.extents else file.written
-
-    def _forget_attributes(self, inode: Inode) -> None:
-        """They changed by a call of ours that returned no new ones."""
-        self.attributes.expire(inode)
-        if self.attributes.kernel is not None:
-            self.attributes.kernel.drop_attributes(inode.ino)
-
-    def _prefetch_beside(self, inode: Inode, cred: Credential) -> None:
-        assert self.prefetch is not None
-        try:
-            directory = self._inodes.get(inode.parent)
-        except KeyError:
-            return  # the kernel has forgotten it
-        self.prefetch.opened(directory, inode.name, cred)
 
     async def _check_name(self, inode: Inode, cred: Credential) -> None:
         """Make the kernel look the name up again if it is another file's now.
@@ -943,7 +889,7 @@ class FileSystem:
         now = version(attr) if attr is not None else None
         keep = inode.pages_version == now or bool(file.extents)
         inode.pages_version = now
-        return Opened(number, keep, self._mode_of(inode) is Mode.STRICT)
+        return Opened(number, keep, self.attributes.mode_of(inode) is Mode.STRICT)
 
     def _file(self, inode: Inode) -> OpenFile:
         if inode.open_file is None:
@@ -963,7 +909,7 @@ class FileSystem:
             return number
         inode = self._inodes.get(ino)
         if self.prefetch is not None:
-            self._prefetch_beside(inode, cred)
+            self.prefetch.opened(inode, cred)
         number = self._standing[ino] = self._opened(inode, os.O_RDONLY, cred, None).handle
         if len(self._standing) > MAX_STANDING:
             _, oldest = self._standing.popitem(last=False)

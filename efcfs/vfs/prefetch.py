@@ -78,10 +78,14 @@ class Prefetch:
         self._to_store: list[tuple[int, bytes]] = []
         self._storing = False
 
-    def opened(self, directory: Inode, name: bytes, cred: Credential) -> None:
-        """A file of the directory was opened for reading."""
+    def opened(self, inode: Inode, cred: Credential) -> None:
+        """A file is opened for reading."""
+        try:
+            directory = self._inodes.get(inode.parent)
+        except KeyError:
+            return  # the kernel has forgotten it
         known = self._directories.known(directory)
-        place = self._directories.listings.place(known.number, name) if known is not None else None
+        place = self._directories.listings.place(known.number, inode.name) if known is not None else None
         if known is None or place is None:
             return
         progress = self._progress.get(directory.ino)
