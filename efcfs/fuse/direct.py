@@ -20,8 +20,9 @@ from pyfuse3 import FUSEError
 from efcfs.fuse.callers import Callers
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
+from efcfs.vfs.entries import Entry
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
-from efcfs.vfs.filesystem import Entry, FileSystem, Opened, Request
+from efcfs.vfs.filesystem import FileSystem, Opened, Request
 
 log = logging.getLogger(__name__)
 

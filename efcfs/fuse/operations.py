@@ -27,7 +27,8 @@ from efcfs.fuse.wire import Caller
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
-from efcfs.vfs.filesystem import Entry, FileSystem, Request
+from efcfs.vfs.entries import Entry
+from efcfs.vfs.filesystem import FileSystem, Request
 from efcfs.vfs.writer import Taken
 
 log = logging.getLogger(__name__)

@@ -25,16 +25,17 @@ from efcfs.cache.store import Store
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError, own_credential
 from efcfs.nfs.link import ServerAway
-from efcfs.nfs.nfs3 import DirEntryPlus, Fattr, Sattr
+from efcfs.nfs.nfs3 import Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, Kernel, Timeouts, version
 from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories, Listing
 from efcfs.vfs.dirtylog import DirtyLog
+from efcfs.vfs.entries import Entries, Entry, ListedEntry
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
 from efcfs.vfs.handles import Handles
-from efcfs.vfs.inodes import ROOT_INO, Found, Inode, Inodes
+from efcfs.vfs.inodes import ROOT_INO, Inode, Inodes
 from efcfs.vfs.openfile import Extent, Handle, OpenFile
 from efcfs.vfs.prefetch import Prefetch
 from efcfs.vfs.reader import Reader, fetch_from
@@ -69,16 +70,6 @@ class FilesystemOptions:
     most_dirty_bytes: int = 128 * 1024**2
 
 
-class Entry(NamedTuple):
-    """What the kernel is told of a file. `ino` 0: there is no such name, and that holds for entry_timeout_s."""
-
-    ino: int
-    generation: int
-    attr: Fattr | None
-    entry_timeout_s: float
-    attr_timeout_s: float
-
-
 class Request(NamedTuple):
     """What of the kernel's request matters when a daemon may have died over it.
 
@@ -97,15 +88,6 @@ class Opened(NamedTuple):
     direct_io: bool
 
 
-class ListedEntry(NamedTuple):
-    """A directory entry; without `entry` only its name is known."""
-
-    name: bytes
-    cookie: int
-    fileid: int
-    entry: Entry | None
-
-
 class FileSystem:
     """One mounted export."""
 
@@ -115,6 +97,7 @@ class FileSystem:
     ) -> None:  # fmt: skip
         self.read_only = options.read_only
         self.attributes = Attributes(client, options.timeouts, options.consistency, inodes)
+        self._entries = Entries(client, inodes, self.attributes, options.lookupcache)
         self.dirty = dirty
         self.reader = Reader(
             fetch_from(client), store, options.server_identity, self.attributes.learn, self._written, nursery
@@ -146,22 +129,22 @@ class FileSystem:
     def lookup_at_once(self, parent: int, name: bytes) -> Entry | None:
         """What a kept listing of the directory tells, if it may be believed."""
         directory = self._inodes.get(parent)
-        if self._options.lookupcache != "all" or name in (b".", b".."):
+        if self._entries.lookupcache != "all" or name in (b".", b".."):
             return None
         seen = self._directories.find(directory, name)
         if seen is None:
             return None
         entry, seen_at = seen
         if entry is None:
-            return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
-        return self._recalled(directory, entry, seen_at)
+            return self._entries.missing(directory)
+        return self._entries.enter_kept(directory, entry, seen_at)
 
     async def lookup(self, parent: int, name: bytes, cred: Credential) -> Entry:
         directory = self._inodes.get(parent)
         asked_at = time.monotonic()
         if name == b".":
             await self.attributes.get(directory, cred)
-            return self._enter(directory.parent, directory.name, directory.fh, directory.attr, asked_at)
+            return self._entries.enter(directory.parent, directory.name, directory.fh, directory.attr, asked_at)
         known = self._inodes.at(parent, name)
         usable = known is not None and self.attributes.may_be_old(known)
         try:
@@ -171,13 +154,12 @@ class FileSystem:
         except NfsError as error:
             if error.status != nfs3.NFS3ERR_NOENT:
                 raise
-            return Entry(0, 0, None, self._entry_timeout_s(directory, positive=False), 0.0)
+            return self._entries.missing(directory)
         except ServerAway:
             assert known is not None
-            (known,) = self._inodes.enter((_found(parent, name, known),))
-            return self._entry(known, self._entry_timeout_s(directory, positive=True))
+            return self._entries.enter_known(directory, name, known)
         self.attributes.update(directory, found.dir_attr, asked_at)
-        return await self._entered(directory, name, found.fh, found.attr, asked_at, cred)
+        return await self._entries.enter_completed(directory, name, found.fh, found.attr, asked_at, cred)
 
     async def readlink(self, ino: int, cred: Credential) -> bytes:
         inode = self._inodes.get(ino)
@@ -191,14 +173,14 @@ class FileSystem:
         self.attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
         made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)), again=request.again)
-        return await self._made(directory, name, made, asked_at, cred)
+        return await self._entries.enter_made(directory, name, made, asked_at, cred)
 
     async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential, request: Request) -> Entry:
         directory = self._inodes.get(parent)
         self.attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
         made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target, again=request.again)
-        return await self._made(directory, name, made, asked_at, cred)
+        return await self._entries.enter_made(directory, name, made, asked_at, cred)
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential, request: Request
@@ -216,7 +198,7 @@ class FileSystem:
             made = await self._client.mknod(
                 cred, directory.fh, name, file_type, sattr, os.major(rdev), os.minor(rdev), again=request.again
             )
-        return await self._made(directory, name, made, asked_at, cred)
+        return await self._entries.enter_made(directory, name, made, asked_at, cred)
 
     async def link(
         self, ino: int, new_parent: int, new_name: bytes, cred: Credential, request: Request
@@ -228,7 +210,7 @@ class FileSystem:
         self.attributes.update_wcc(directory, result.wcc, asked_at)
         # A new name changes ctime and nothing that the kernel's pages hold.
         self.attributes.update(inode, result.attr, asked_at, own=True)
-        return await self._entered(directory, new_name, inode.fh, result.attr, asked_at, cred)
+        return await self._entries.enter_completed(directory, new_name, inode.fh, result.attr, asked_at, cred)
 
     async def unlink(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
         directory = self._inodes.get(parent)
@@ -405,7 +387,7 @@ class FileSystem:
         inode = self._inodes.get(ino)
         if inode.open_file is not None and inode.open_file.extents:
             return None
-        return self._entry(inode) if inode.attr is not None and self.attributes.remaining_s(inode) else None
+        return self._entries.of(inode) if inode.attr is not None and self.attributes.remaining_s(inode) else None
 
     async def getattr(self, ino: int, cred: Credential) -> Entry:
         inode = self._inodes.get(ino)
@@ -413,7 +395,7 @@ class FileSystem:
             # stat(2) tells the times that the server gave; so the writes must be there first.
             await self.writer.flush(inode.open_file)
         await self.attributes.get(inode, cred)
-        return self._entry(inode)
+        return self._entries.of(inode)
 
     async def setattr(
         self, ino: int, cred: Credential, *, mode: int | None = None, uid: int | None = None,
@@ -452,7 +434,7 @@ class FileSystem:
             await self.attributes.revalidate(inode, cred)
         if size_bytes is not None:
             self._inodes.note(inode)  # as after a write (`writer.py`)
-        return self._entry(inode)
+        return self._entries.of(inode)
 
     async def access(self, ino: int, mask: int, cred: Credential) -> bool:
         inode = self._inodes.get(ino)
@@ -527,14 +509,14 @@ class FileSystem:
         if number is not None and number in self._handles:
             inode = self._open[self._handles[number].file.ino]
             await self.attributes.get(inode, cred)  # its lookup was counted by who opened it
-            return Opened(number, False, self.attributes.mode_of(inode) is Mode.STRICT), self._entry(inode)
+            return Opened(number, False, self.attributes.mode_of(inode) is Mode.STRICT), self._entries.of(inode)
         asked_at = time.monotonic()
         sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
         if flags & os.O_EXCL:
             made = await self._create_exclusive(directory, name, sattr, cred, request)
         else:
             made = await self._client.create(cred, directory.fh, name, sattr)
-        entry = await self._made(directory, name, made, asked_at, cred)
+        entry = await self._entries.enter_made(directory, name, made, asked_at, cred)
         return self._opened(self._inodes.get(entry.ino), flags, cred, request), entry
 
     def read_at_once(self, handle_id: int, ino: int, offset: int, size_bytes: int) -> memoryview | bytes | None:
@@ -696,25 +678,7 @@ class FileSystem:
         """
         listing = self._listings[handle_id]
         entries, start = await listing.after(cookie)
-        chosen = entries[start : start + most]
-        directory = listing.inode
-        bare = {b".", b"..", *listing.stale}
-        known = [e for e in chosen if e.fh is not None and e.attr is not None and e.name not in bare]
-        inodes = self._inodes.enter(
-            Found(directory.ino, e.name, e.fh, e.attr)
-            for e in known
-            if e.fh is not None and e.attr is not None
-        )
-        shown: dict[bytes, Entry] = {}
-        for entry, inode in zip(known, inodes, strict=True):
-            assert entry.attr is not None
-            if listing.fresh:
-                self.attributes.update(inode, entry.attr, listing.seen_at)
-                inode.name_doubtful = False
-            else:
-                self.attributes.recall(inode, entry.attr, listing.seen_at)
-            shown[entry.name] = self._entry(inode, self._entry_timeout_s(directory, positive=True))
-        return [ListedEntry(e.name, e.cookie, e.fileid, shown.get(e.name)) for e in chosen]
+        return self._entries.enter_listed(listing, entries[start : start + most])
 
     def releasedir(self, handle_id: int) -> None:
         self._listings.pop(handle_id).close()
@@ -752,57 +716,6 @@ class FileSystem:
         """We change the file itself."""
         with contextlib.suppress(KeyError):  # its directory was forgotten
             self._directories.touched(self._inodes.get(inode.parent), inode.name)
-
-    def _entry_timeout_s(self, directory: Inode, *, positive: bool) -> float:
-        kind = self._options.lookupcache
-        if kind == "none" or (kind == "positive" and not positive):
-            return 0.0
-        return self.attributes.remaining_s(directory)
-
-    def _entry(self, inode: Inode, entry_timeout_s: float = 0.0) -> Entry:
-        """The inode as the kernel shall see it now."""
-        attr = inode.attr
-        assert attr is not None
-        file = inode.open_file
-        if file is not None and file.dirty_end > attr.size:
-            attr = attr._replace(size=file.dirty_end)
-        if file is not None and file.sillyname is not None:
-            attr = attr._replace(nlink=attr.nlink - 1)  # the hidden name does not count
-        inode.kernel_size_bytes = attr.size
-        return Entry(inode.ino, inode.generation, attr, entry_timeout_s, self.attributes.remaining_s(inode))
-
-    def _enter(self, parent: int, name: bytes, fh: bytes, attr: Fattr | None, asked_at: float) -> Entry:
-        assert attr is not None
-        (inode,) = self._inodes.enter((Found(parent, name, fh, attr),))
-        self.attributes.update(inode, attr, asked_at)
-        inode.name_doubtful = False
-        return self._entry(inode, self._entry_timeout_s(self._inodes.get(parent), positive=True))
-
-    def _recalled(self, directory: Inode, entry: DirEntryPlus, seen_at: float) -> Entry:
-        """Enter a name from a kept listing."""
-        assert entry.fh is not None and entry.attr is not None
-        (inode,) = self._inodes.enter((Found(directory.ino, entry.name, entry.fh, entry.attr),))
-        self.attributes.recall(inode, entry.attr, seen_at)
-        return self._entry(inode, self._entry_timeout_s(directory, positive=True))
-
-    async def _entered(
-        self, directory: Inode, name: bytes, fh: bytes | None, attr: Fattr | None, asked_at: float, cred: Credential
-    ) -> Entry:
-        """Enter a name; the server may have left out its handle or attributes (RFC 1813 §3.3.8)."""
-        if fh is None:
-            found = await self._client.lookup(cred, directory.fh, name)
-            fh, attr = found.fh, found.attr
-        if fh is None:
-            raise OSError(errno.EIO, "LOOKUP without a file handle")
-        if attr is None:
-            attr = await self._client.getattr(cred, fh)
-        return self._enter(directory.ino, name, fh, attr, asked_at)
-
-    async def _made(
-        self, directory: Inode, name: bytes, made: nfs3.CreateResult, asked_at: float, cred: Credential
-    ) -> Entry:
-        self.attributes.update_wcc(directory, made.wcc, asked_at)
-        return await self._entered(directory, name, made.fh, made.attr, asked_at, cred)
 
     async def _create_exclusive(
         self, directory: Inode, name: bytes, sattr: Sattr, cred: Credential, request: Request
@@ -1029,11 +942,6 @@ def _must_hide(inode: Inode, request: Request) -> bool:
 def _hidden_name(inode: Inode, request: Request) -> bytes:
     """The same when the request comes again."""
     return b".nfs%016x%08x" % (inode.attr.fileid if inode.attr else inode.ino, request.unique >> 1 & 0xFFFFFFFF)
-
-
-def _found(parent: int, name: bytes, inode: Inode) -> Found:
-    assert inode.attr is not None
-    return Found(parent, name, inode.fh, inode.attr)
 
 
 _TYPE_OF_MODE = {
