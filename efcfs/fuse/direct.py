@@ -22,7 +22,8 @@ from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.vfs.entries import Entry
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
-from efcfs.vfs.filesystem import FileSystem, Opened, Request
+from efcfs.vfs.filesystem import FileSystem, Opened
+from efcfs.vfs.handles import Request
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.entries import Entry
-from efcfs.vfs.filesystem import FileSystem, Request
+from efcfs.vfs.filesystem import FileSystem
+from efcfs.vfs.handles import Request
 from efcfs.vfs.writer import Taken
 
 log = logging.getLogger(__name__)

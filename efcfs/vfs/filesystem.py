@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -33,8 +33,9 @@ from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories, Listing
 from efcfs.vfs.dirtylog import DirtyLog
 from efcfs.vfs.entries import Entries, Entry, ListedEntry
-from efcfs.vfs.errors import SERVER_ERRORS, errno_of
-from efcfs.vfs.handles import Handles
+from efcfs.vfs.errors import SERVER_ERRORS
+from efcfs.vfs.handles import Handles, Request
+from efcfs.vfs.hiding import Hiding, must_hide
 from efcfs.vfs.inodes import ROOT_INO, Inode, Inodes
 from efcfs.vfs.openfile import Extent, Handle, OpenFile
 from efcfs.vfs.prefetch import Prefetch
@@ -70,16 +71,6 @@ class FilesystemOptions:
     most_dirty_bytes: int = 128 * 1024**2
 
 
-class Request(NamedTuple):
-    """What of the kernel's request matters when a daemon may have died over it.
-
-    `unique`: its number. `again`: a daemon before this one took it, and may have done it before it died.
-    """
-
-    unique: int
-    again: bool
-
-
 class Opened(NamedTuple):
     """direct_io: the kernel keeps no pages and asks for every read."""
 
@@ -106,6 +97,7 @@ class FileSystem:
             client, self.attributes, inodes, handles, dirty, options.most_dirty_bytes, self.reader.forget, nursery
         )
         self._directories = Directories(client, self.attributes, inodes.listings, nursery)
+        self._hiding = Hiding(client, inodes, self.attributes, self._directories)
         self._statfs: tuple[nfs3.FsstatResult, int] | None = None
         self.warmup = Warmup(client, self._directories, self.reader, store, nursery)
         self.prefetch = Prefetch(self._directories, self.reader, inodes, nursery) if store is not None else None
@@ -119,8 +111,6 @@ class FileSystem:
         self._listings: dict[int, Listing] = {}
         # Handles of files that the kernel opens by itself, by node id; the last used last.
         self._standing: OrderedDict[int, int] = OrderedDict()
-        # Files whose name is being taken away, and which were not open when that began: who opens one waits.
-        self._removals: dict[int, trio.Event] = {}
         # Handles of requests that came again, by their number, which a daemon before us had opened.
         self._opened_before: dict[int, int] = {}
 
@@ -216,11 +206,11 @@ class FileSystem:
         directory = self._inodes.get(parent)
         self.attributes.refuse_immutable(directory)
         target = self._inodes.at(parent, name)
-        if target is not None and _must_hide(target, request):
-            await self._hide(directory, name, target, cred, request)
+        if target is not None and must_hide(target, request):
+            await self._hiding.hide(directory, name, target, cred, request)
             return
         asked_at = time.monotonic()
-        with self._removal(target):
+        with self._hiding.removal(target):
             result = await self._client.remove(cred, directory.fh, name, again=request.again)
         self._inodes.removed(parent, name)
         self._directories.changed(directory, name)
@@ -258,19 +248,19 @@ class FileSystem:
                 self.attributes.expire(replaced)
             if replaced is not None and time.monotonic() - replaced.opened_at < LATELY_S:
                 self._keep_open(replaced, cred)
-            if replaced is not None and _must_hide(replaced, request):
+            if replaced is not None and must_hide(replaced, request):
                 if (await self._client.lookup(cred, old.fh, name)).fh == replaced.fh:
                     return  # both names are the same file: POSIX says do nothing
                 if replaced.open_file is not None:  # still
-                    await self._hide(new, new_name, replaced, cred, request)
+                    await self._hiding.hide(new, new_name, replaced, cred, request)
                     hidden = replaced
         asked_at = time.monotonic()
         try:
-            with self._removal(replaced):
+            with self._hiding.removal(replaced):
                 result = await self._client.rename(cred, old.fh, name, new.fh, new_name, again=request.again)
         except SERVER_ERRORS:
             if hidden is not None:
-                await self._unhide(new, hidden, new_name, cred)
+                await self._hiding.unhide(new, hidden, new_name, cred)
             raise
         self.attributes.update_wcc(old, result.from_wcc, asked_at)
         if new is not old:
@@ -298,20 +288,6 @@ class FileSystem:
         file.opening -= 1
         if not file.handles and not file.opening:
             await self._closed(file, cred)
-
-    @contextlib.contextmanager
-    def _removal(self, target: Inode | None) -> Iterator[None]:
-        """Meanwhile nobody opens the file that loses its name: it may be gone when the answer comes."""
-        if target is None or target.open_file is not None:
-            yield
-            return
-        done = self._removals[target.ino] = trio.Event()
-        try:
-            yield
-        finally:
-            if self._removals.get(target.ino) is done:
-                del self._removals[target.ino]
-            done.set()
 
     async def _was_renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential) -> bool:
         """Whether a RENAME that came again was done before: the old name is gone, and the new one there."""
@@ -351,7 +327,7 @@ class FileSystem:
             file.sillyname = self._inodes.hidden_name(slot.ino)
             self._add_handle(Handle(slot.number, file, slot.cred, slot.flags, slot.error))
         for ino in set(self._inodes.all_hidden()) - set(self._open):
-            self._nursery.start_soon(self._remove_left_hidden, ino)
+            self._nursery.start_soon(self._hiding.remove_left, ino)
         for left in self.dirty.left():
             handle = self._handles.get(left.handle)
             if handle is None:
@@ -364,14 +340,6 @@ class FileSystem:
         """Another daemon has adopted all that: end at once, whatever is under way."""
         self.dirty.leave()
         self._nursery.cancel_scope.cancel()
-
-    async def _remove_left_hidden(self, ino: int) -> None:
-        """Of a file that nobody has open: a daemon before us died before it could remove the name."""
-        hidden = self._inodes.hidden_name(ino)
-        if hidden is not None:
-            with contextlib.suppress(KeyError):  # its directory is gone
-                await self._remove_hidden(self._inodes.get(hidden[0]), hidden[1], own_credential())
-            self._inodes.unhidden(ino)
 
     @property
     def open_handles(self) -> int:
@@ -472,8 +440,8 @@ class FileSystem:
             return Opened(number, False, self.attributes.mode_of(inode) is Mode.STRICT)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self.attributes.refuse_immutable(inode)
-        while ino in self._removals:
-            await self._removals[ino].wait()
+        while ino in self._hiding.removals:
+            await self._hiding.removals[ino].wait()
         inode.opened_at = time.monotonic()
         file = self._file(inode)
         file.opening += 1  # who takes its name away meanwhile must hide it
@@ -648,12 +616,7 @@ class FileSystem:
 
     async def _closed(self, file: OpenFile, cred: Credential) -> None:
         if file.sillyname is not None:
-            # Still open until the hidden name is gone, since until then it counts as a link.
-            parent, name = file.sillyname
-            await self._remove_hidden(self._inodes.get(parent), name, cred)
-            file.sillyname = None
-            self._inodes.unhidden(file.ino)
-            self.attributes.lose(self._inodes.get(file.ino))
+            await self._hiding.remove(file, cred)
             if file.handles or file.opening:
                 return  # opened again meanwhile, by another link
         self._open.pop(file.ino).open_file = None
@@ -689,7 +652,7 @@ class FileSystem:
     async def remove_hidden(self) -> None:
         """Nobody has anything open any more: what is hidden can go."""
         for ino in self._inodes.all_hidden():
-            await self._remove_left_hidden(ino)
+            await self._hiding.remove_left(ino)
 
     async def sync_all(self) -> None:
         """Commit all that is dirty, as umount does."""
@@ -838,57 +801,6 @@ class FileSystem:
         if number is not None:
             raise OSError(number, os.strerror(number))
 
-    async def _hide(
-        self, directory: Inode, old_name: bytes, target: Inode, cred: Credential, request: Request
-    ) -> None:
-        """Silly rename: an open file that loses its name gets one to be removed at last close."""
-        file = target.open_file
-        if file is None:
-            return  # closed while the caller asked the server
-        name = _hidden_name(target, request)
-        # Noted first: a daemon that dies after the RENAME must leave the name to be removed.
-        self._inodes.hidden(target.ino, directory.ino, name)
-        asked_at = time.monotonic()
-        try:
-            result = await self._client.rename(
-                cred, directory.fh, old_name, directory.fh, name, again=request.again
-            )
-        except SERVER_ERRORS:
-            self._inodes.unhidden(target.ino)
-            raise
-        self.attributes.update_wcc(directory, result.from_wcc, asked_at)
-        self._inodes.moved(directory.ino, old_name, directory.ino, name)
-        self._directories.changed(directory, old_name)
-        if target.open_file is file:
-            file.sillyname = (directory.ino, name)
-        else:
-            await self._remove_hidden(directory, name, cred)  # closed meanwhile
-            self._inodes.unhidden(target.ino)
-
-    async def _unhide(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
-        file = target.open_file
-        if file is None or file.sillyname is None:
-            return
-        try:
-            await self._client.rename(cred, directory.fh, file.sillyname[1], directory.fh, name)
-        except SERVER_ERRORS as error:
-            log.error("file stays hidden as %r: errno %d", file.sillyname[1], errno_of(error))
-            return
-        self._inodes.moved(directory.ino, file.sillyname[1], directory.ino, name)
-        self._inodes.unhidden(target.ino)
-        file.sillyname = None
-
-    async def _remove_hidden(self, directory: Inode, name: bytes, cred: Credential) -> None:
-        asked_at = time.monotonic()
-        try:
-            result = await self._client.remove(cred, directory.fh, name)
-        except SERVER_ERRORS as error:
-            # NOENT: done by a daemon that died before it could say so.
-            if not isinstance(error, NfsError) or error.status != nfs3.NFS3ERR_NOENT:
-                log.error("hidden file %r stays: errno %d", name, errno_of(error))
-            return
-        self.attributes.update_wcc(directory, result.wcc, asked_at)
-
     async def _rename_to_free_name(
         self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential, request: Request
     ) -> bool:
@@ -928,20 +840,6 @@ class FileSystem:
         if moved is not None:
             self._inodes.moved(old.ino, name, new.ino, new_name)
             self.attributes.expire(moved)  # its ctime changed
-
-
-def _must_hide(inode: Inode, request: Request) -> bool:
-    """Open here, and this may be the last name that keeps it alive on the server."""
-    file = inode.open_file
-    if file is None:
-        return False
-    # A request that comes again may have noted the hidden name and got no further.
-    return file.sillyname is None or (request.again and file.sillyname[1] == _hidden_name(inode, request))
-
-
-def _hidden_name(inode: Inode, request: Request) -> bytes:
-    """The same when the request comes again."""
-    return b".nfs%016x%08x" % (inode.attr.fileid if inode.attr else inode.ino, request.unique >> 1 & 0xFFFFFFFF)
 
 
 _TYPE_OF_MODE = {

@@ -41,6 +41,16 @@ class OtherVersion(Exception):
     """The state was left by a daemon that keeps it in another way; str() says which."""
 
 
+class Request(NamedTuple):
+    """What of the kernel's request matters when a daemon may have died over it.
+
+    `unique`: its number. `again`: a daemon before this one took it, and may have done it before it died.
+    """
+
+    unique: int
+    again: bool
+
+
 class Slot(NamedTuple):
     """An open handle. `unique` is the request that opened it, `error` the errno that it has yet to report."""
 

@@ -1,0 +1,131 @@
+"""Files that lose their last name while they are open here: renamed to .nfs…, and removed at last close (silly rename).
+
+A hidden name is noted in the index (`inodes.py`) before the RENAME is sent, so a daemon that starts later removes
+what this one could not; it is made of the request's number, so a request that comes again finds it. Who opens a file
+and who takes its name away meet here: an open(2) under way counts as open, and one that comes during a removal waits
+for it. What is open is for `opening.py` to know.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import trio
+
+from efcfs.nfs import nfs3
+from efcfs.nfs.client import Client, NfsError, own_credential
+from efcfs.nfs.rpc import Credential
+from efcfs.vfs.attributes import Attributes
+from efcfs.vfs.directories import Directories
+from efcfs.vfs.errors import SERVER_ERRORS, errno_of
+from efcfs.vfs.handles import Request
+from efcfs.vfs.inodes import Inode, Inodes
+from efcfs.vfs.openfile import OpenFile
+
+log = logging.getLogger(__name__)
+
+
+class Hiding:
+    """The hidden files of one mount."""
+
+    def __init__(self, client: Client, inodes: Inodes, attributes: Attributes, directories: Directories) -> None:
+        # Files whose name is being taken away, and which were not open when that began: who opens one waits.
+        self.removals: dict[int, trio.Event] = {}
+        self._client = client
+        self._inodes = inodes
+        self._attributes = attributes
+        self._directories = directories
+
+    @contextlib.contextmanager
+    def removal(self, target: Inode | None) -> Iterator[None]:
+        """Meanwhile nobody opens the file that loses its name: it may be gone when the answer comes."""
+        if target is None or target.open_file is not None:
+            yield
+            return
+        done = self.removals[target.ino] = trio.Event()
+        try:
+            yield
+        finally:
+            if self.removals.get(target.ino) is done:
+                del self.removals[target.ino]
+            done.set()
+
+    async def hide(self, directory: Inode, old_name: bytes, target: Inode, cred: Credential, request: Request) -> None:
+        """An open file that loses its name gets one to be removed at last close."""
+        file = target.open_file
+        if file is None:
+            return  # closed while the caller asked the server
+        name = _hidden_name(target, request)
+        # Noted first: a daemon that dies after the RENAME must leave the name to be removed.
+        self._inodes.hidden(target.ino, directory.ino, name)
+        asked_at = time.monotonic()
+        try:
+            result = await self._client.rename(cred, directory.fh, old_name, directory.fh, name, again=request.again)
+        except SERVER_ERRORS:
+            self._inodes.unhidden(target.ino)
+            raise
+        self._attributes.update_wcc(directory, result.from_wcc, asked_at)
+        self._inodes.moved(directory.ino, old_name, directory.ino, name)
+        self._directories.changed(directory, old_name)
+        if target.open_file is file:
+            file.sillyname = (directory.ino, name)
+        else:
+            await self._remove(directory, name, cred)  # closed meanwhile
+            self._inodes.unhidden(target.ino)
+
+    async def unhide(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
+        """Give it its name back: what should have taken that was refused."""
+        file = target.open_file
+        if file is None or file.sillyname is None:
+            return
+        try:
+            await self._client.rename(cred, directory.fh, file.sillyname[1], directory.fh, name)
+        except SERVER_ERRORS as error:
+            log.error("file stays hidden as %r: errno %d", file.sillyname[1], errno_of(error))
+            return
+        self._inodes.moved(directory.ino, file.sillyname[1], directory.ino, name)
+        self._inodes.unhidden(target.ino)
+        file.sillyname = None
+
+    async def remove(self, file: OpenFile, cred: Credential) -> None:
+        """Nobody has it open any more. It counts as open until its hidden name, which counts as a link, is gone."""
+        assert file.sillyname is not None
+        parent, name = file.sillyname
+        await self._remove(self._inodes.get(parent), name, cred)
+        file.sillyname = None
+        self._inodes.unhidden(file.ino)
+        self._attributes.lose(self._inodes.get(file.ino))
+
+    async def remove_left(self, ino: int) -> None:
+        """Of a file that nobody has open: a daemon before us died before it could remove the name."""
+        hidden = self._inodes.hidden_name(ino)
+        if hidden is not None:
+            with contextlib.suppress(KeyError):  # its directory is gone
+                await self._remove(self._inodes.get(hidden[0]), hidden[1], own_credential())
+            self._inodes.unhidden(ino)
+
+    async def _remove(self, directory: Inode, name: bytes, cred: Credential) -> None:
+        asked_at = time.monotonic()
+        try:
+            result = await self._client.remove(cred, directory.fh, name)
+        except SERVER_ERRORS as error:
+            # NOENT: done by a daemon that died before it could say so.
+            if not isinstance(error, NfsError) or error.status != nfs3.NFS3ERR_NOENT:
+                log.error("hidden file %r stays: errno %d", name, errno_of(error))
+            return
+        self._attributes.update_wcc(directory, result.wcc, asked_at)
+
+
+def must_hide(inode: Inode, request: Request) -> bool:
+    """Open here, and this may be the last name that keeps it alive on the server."""
+    file = inode.open_file
+    if file is None:
+        return False
+    # A request that comes again may have noted the hidden name and got no further.
+    return file.sillyname is None or (request.again and file.sillyname[1] == _hidden_name(inode, request))
+
+
+def _hidden_name(inode: Inode, request: Request) -> bytes:
+    """The same when the request comes again."""
+    return b".nfs%016x%08x" % (inode.attr.fileid if inode.attr else inode.ino, request.unique >> 1 & 0xFFFFFFFF)
