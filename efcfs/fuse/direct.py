@@ -22,8 +22,9 @@ from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.vfs.entries import Entry
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of
-from efcfs.vfs.filesystem import FileSystem, Opened
+from efcfs.vfs.filesystem import FileSystem
 from efcfs.vfs.handles import Request
+from efcfs.vfs.opening import Opened
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,10 @@ import errno
 import os
 import stat
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
 
 import trio
 
@@ -28,34 +26,25 @@ from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
-from efcfs.vfs.attributes import Attributes, Kernel, Timeouts, version
+from efcfs.vfs.attributes import Attributes, Kernel, Timeouts
 from efcfs.vfs.consistency import Consistency, Mode
-from efcfs.vfs.directories import Directories, Listing
+from efcfs.vfs.directories import Directories
 from efcfs.vfs.dirtylog import DirtyLog
 from efcfs.vfs.entries import Entries, Entry, ListedEntry
 from efcfs.vfs.errors import SERVER_ERRORS
 from efcfs.vfs.handles import Handles, Request
 from efcfs.vfs.hiding import Hiding, must_hide
 from efcfs.vfs.inodes import ROOT_INO, Inode, Inodes
-from efcfs.vfs.openfile import Extent, Handle, OpenFile
+from efcfs.vfs.openfile import Extent, Handle
+from efcfs.vfs.opening import Opened, Opening
 from efcfs.vfs.prefetch import Prefetch
 from efcfs.vfs.reader import Reader, fetch_from
 from efcfs.vfs.warmup import Warmup
 from efcfs.vfs.writer import Taken, Writer, log
 
-# Set by the kernel in open flags when a file is opened to be executed.
-FMODE_EXEC = 0o40
 # The kernel turns utimensat(UTIME_NOW) into its own time, and pyfuse3 does not tell; so recent it may have been that.
 MAYBE_NOW_NS = 1_000_000_000
 RENAME_NOREPLACE = 1
-# Files that are read without having been opened, of which the streams of reads are remembered.
-MAX_STANDING = 1024
-# A file that was opened so lately is likely to be opened again, and hidden instead of removed when it is replaced.
-LATELY_S = 1.0
-# A kernel that was made to look a file up again does so within this time.
-TAUGHT_S = 1.0
-# How long removing a hidden name may take when the program that opened it is gone.
-CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +60,6 @@ class FilesystemOptions:
     most_dirty_bytes: int = 128 * 1024**2
 
 
-class Opened(NamedTuple):
-    """direct_io: the kernel keeps no pages and asks for every read."""
-
-    handle: int
-    keep_cache: bool
-    direct_io: bool
-
-
 class FileSystem:
     """One mounted export."""
 
@@ -87,32 +68,28 @@ class FileSystem:
         nursery: trio.Nursery, store: Store | None,
     ) -> None:  # fmt: skip
         self.read_only = options.read_only
-        self.attributes = Attributes(client, options.timeouts, options.consistency, inodes)
-        self._entries = Entries(client, inodes, self.attributes, options.lookupcache)
         self.dirty = dirty
+        self.attributes = attributes = Attributes(client, options.timeouts, options.consistency, inodes)
+        self._entries = Entries(client, inodes, attributes, options.lookupcache)
+        self._directories = directories = Directories(client, attributes, inodes.listings, nursery)
+        self._hiding = Hiding(client, inodes, attributes, directories)
+        self._opening = Opening(
+            client, inodes, attributes, directories, handles, self._hiding, nursery, cto=options.cto
+        )
         self.reader = Reader(
-            fetch_from(client), store, options.server_identity, self.attributes.learn, self._written, nursery
+            fetch_from(client), store, options.server_identity, attributes.learn, self._opening.written, nursery
         )
         self.writer = Writer(
-            client, self.attributes, inodes, handles, dirty, options.most_dirty_bytes, self.reader.forget, nursery
+            client, attributes, inodes, handles, dirty, options.most_dirty_bytes, self.reader.forget, nursery
         )
-        self._directories = Directories(client, self.attributes, inodes.listings, nursery)
-        self._hiding = Hiding(client, inodes, self.attributes, self._directories)
+        self.warmup = Warmup(client, directories, self.reader, store, nursery)
+        self.prefetch = Prefetch(directories, self.reader, inodes, nursery) if store is not None else None
         self._statfs: tuple[nfs3.FsstatResult, int] | None = None
-        self.warmup = Warmup(client, self._directories, self.reader, store, nursery)
-        self.prefetch = Prefetch(self._directories, self.reader, inodes, nursery) if store is not None else None
         self._client = client
         self._nursery = nursery
         self._options = options
         self._inodes = inodes
         self._table = handles
-        self._open: dict[int, Inode] = {}
-        self._handles: dict[int, Handle] = {}
-        self._listings: dict[int, Listing] = {}
-        # Handles of files that the kernel opens by itself, by node id; the last used last.
-        self._standing: OrderedDict[int, int] = OrderedDict()
-        # Handles of requests that came again, by their number, which a daemon before us had opened.
-        self._opened_before: dict[int, int] = {}
 
     # -- names -------------------------------------------------------------------------------------
 
@@ -246,8 +223,8 @@ class FileSystem:
             replaced = self._inodes.at(new_parent, new_name)
             if replaced is not None:
                 self.attributes.expire(replaced)
-            if replaced is not None and time.monotonic() - replaced.opened_at < LATELY_S:
-                self._keep_open(replaced, cred)
+            if replaced is not None:
+                self._opening.keep_open(replaced, cred)
             if replaced is not None and must_hide(replaced, request):
                 if (await self._client.lookup(cred, old.fh, name)).fh == replaced.fh:
                     return  # both names are the same file: POSIX says do nothing
@@ -266,28 +243,6 @@ class FileSystem:
         if new is not old:
             self.attributes.update_wcc(new, result.to_wcc, asked_at)
         self._renamed(old, name, new, new_name)
-
-    def _keep_open(self, inode: Inode, cred: Credential) -> None:
-        """Count the file as open for a while: who opens it all the time may have walked its path just now.
-
-        It would find the file gone, and the kernel walks a path only twice. (The kernel's NFS client knows who is
-        about to open; nobody tells us.)
-        """
-        file = self._file(inode)
-        file.opening += 1
-
-        async def let_go() -> None:
-            await trio.sleep(LATELY_S)
-            # Nobody is there to be told that the directory was forgotten; what is hidden goes at the end of the mount.
-            with contextlib.suppress(KeyError):
-                await self._opened_no_more(file, cred)
-
-        self._nursery.start_soon(let_go)
-
-    async def _opened_no_more(self, file: OpenFile, cred: Credential) -> None:
-        file.opening -= 1
-        if not file.handles and not file.opening:
-            await self._closed(file, cred)
 
     async def _was_renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential) -> bool:
         """Whether a RENAME that came again was done before: the old name is gone, and the new one there."""
@@ -312,24 +267,11 @@ class FileSystem:
 
     def adopt(self) -> None:
         """Go on with what a daemon before us left: open handles, hidden names, bytes that are not safe yet."""
-        for slot in self._table:
-            try:
-                inode = self._inodes.get(slot.ino)
-            except KeyError:
-                log.error("inode %d is open and not known", slot.ino)
-                self._table.remove(slot.number)
-                continue
-            self._opened_before[slot.unique] = slot.number
-            if slot.is_directory:
-                self._listings[slot.number] = self._directories.listing(inode, slot.cred, revalidated=False)
-                continue
-            file = self._file(inode)
-            file.sillyname = self._inodes.hidden_name(slot.ino)
-            self._add_handle(Handle(slot.number, file, slot.cred, slot.flags, slot.error))
-        for ino in set(self._inodes.all_hidden()) - set(self._open):
+        self._opening.adopt()
+        for ino in set(self._inodes.all_hidden()) - set(self._opening.open):
             self._nursery.start_soon(self._hiding.remove_left, ino)
         for left in self.dirty.left():
-            handle = self._handles.get(left.handle)
+            handle = self._opening.handles.get(left.handle)
             if handle is None:
                 log.error("%d bytes belong to no open file and stay in the log", left.record.length_bytes)
             else:
@@ -385,7 +327,7 @@ class FileSystem:
         times = (None if t is None else max(0, t) for t in (atime_ns, mtime_ns))
         sattr = Sattr(None if mode is None else stat.S_IMODE(mode), uid, gid, size_bytes, *times)
         if handle is not None and size_bytes is not None and mode is None and uid is None and gid is None:
-            cred = self._handles[handle].cred
+            cred = self._opening.handles[handle].cred
         self._touched(inode)
         asked_at = time.monotonic()
         try:
@@ -435,49 +377,33 @@ class FileSystem:
 
     async def open(self, ino: int, flags: int, cred: Credential, request: Request) -> Opened:
         inode = self._inodes.get(ino)
-        number = self._opened_before.pop(request.unique, None) if request.again else None
-        if number is not None and number in self._handles:
-            return Opened(number, False, self.attributes.mode_of(inode) is Mode.STRICT)
+        before = self._opening.again(request)
+        if before is not None:
+            return before[1]
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self.attributes.refuse_immutable(inode)
-        while ino in self._hiding.removals:
-            await self._hiding.removals[ino].wait()
-        inode.opened_at = time.monotonic()
-        file = self._file(inode)
-        file.opening += 1  # who takes its name away meanwhile must hide it
+        file = await self._opening.begin(inode)
         try:
-            return await self._open_checked(inode, flags, cred, request)
+            await self._opening.check(inode, flags, cred)
+            if flags & os.O_TRUNC:
+                await self.setattr(ino, cred, size_bytes=0)
+                inode.kernel_size_bytes = 0
+            if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
+                self.prefetch.opened(inode, cred)
+            return self._opening.opened(inode, flags, cred, request)
         finally:
-            file.opening -= 1
-            if not file.handles and not file.opening:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
-                    await self._closed(file, cred)
-
-    async def _open_checked(self, inode: Inode, flags: int, cred: Credential, request: Request) -> Opened:
-        cto = self._options.cto and self.attributes.mode_of(inode) is not Mode.IMMUTABLE
-        if cto or not self.attributes.remaining_s(inode):
-            if not await self.attributes.may(inode, _wanted_by(flags), cred):
-                raise OSError(errno.EACCES, "the server does not allow it")
-            if inode.name_doubtful:
-                await self._check_name(inode, cred)
-            self._check_kernel_size(inode, flags)
-        if flags & os.O_TRUNC:
-            await self.setattr(inode.ino, cred, size_bytes=0)
-            inode.kernel_size_bytes = 0
-        if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
-            self.prefetch.opened(inode, cred)
-        return self._opened(inode, flags, cred, request)
+            await self._opening.end(file, cred)
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, cred: Credential, request: Request
     ) -> tuple[Opened, Entry]:
         directory = self._inodes.get(parent)
         self.attributes.refuse_immutable(directory)
-        number = self._opened_before.pop(request.unique, None) if request.again else None
-        if number is not None and number in self._handles:
-            inode = self._open[self._handles[number].file.ino]
+        before = self._opening.again(request)
+        if before is not None:
+            inode, opened = before
             await self.attributes.get(inode, cred)  # its lookup was counted by who opened it
-            return Opened(number, False, self.attributes.mode_of(inode) is Mode.STRICT), self._entries.of(inode)
+            return opened, self._entries.of(inode)
         asked_at = time.monotonic()
         sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
         if flags & os.O_EXCL:
@@ -485,17 +411,29 @@ class FileSystem:
         else:
             made = await self._client.create(cred, directory.fh, name, sattr)
         entry = await self._entries.enter_made(directory, name, made, asked_at, cred)
-        return self._opened(self._inodes.get(entry.ino), flags, cred, request), entry
+        return self._opening.opened(self._inodes.get(entry.ino), flags, cred, request), entry
+
+    def handle_of(self, ino: int, cred: Credential) -> int:
+        """A handle for all readers of a file that the kernel opens by itself, kept for a while."""
+        standing = self._opening.standing
+        if ino in standing:
+            standing.move_to_end(ino)
+            return standing[ino]
+        inode = self._inodes.get(ino)
+        if self.prefetch is not None:
+            self.prefetch.opened(inode, cred)
+        return self._opening.stand(inode, cred)
 
     def read_at_once(self, handle_id: int, ino: int, offset: int, size_bytes: int) -> memoryview | bytes | None:
         """What `read` would answer, if memory has it. Handle 0: of a file that was not opened, by its node id."""
+        opening = self._opening
         if not handle_id:
-            if ino not in self._standing:
+            if ino not in opening.standing:
                 return None
-            self._standing.move_to_end(ino)
-        handle = self._handles[handle_id or self._standing[ino]]
+            opening.standing.move_to_end(ino)
+        handle = opening.handles[handle_id or opening.standing[ino]]
         file = handle.file
-        inode = self._open[file.ino]
+        inode = opening.open[file.ino]
         attr = inode.attr
         strict = self.attributes.mode_of(inode) is Mode.STRICT
         if attr is None or file.extents or strict or not self.attributes.tell_version(inode):
@@ -508,9 +446,9 @@ class FileSystem:
 
     async def read(self, handle_id: int, offset: int, size_bytes: int) -> memoryview | bytes:
         """Up to `size_bytes`, less only at the end of the file; good until the next await."""
-        handle = self._handles[handle_id]
+        handle = self._opening.handles[handle_id]
         file = handle.file
-        inode = self._open[file.ino]
+        inode = self._opening.open[file.ino]
         strict = self.attributes.mode_of(inode) is Mode.STRICT
         attr = inode.attr if inode.attr is not None else await self.attributes.revalidate(inode, handle.cred)
         # What gets committed while we ask may not be in the answer: it is laid over all the same.
@@ -551,7 +489,7 @@ class FileSystem:
 
     def write_at_once(self, handle_id: int, offset: int, data: memoryview) -> Taken | None:
         """Keep the bytes; None: there is no room, `write` waits for it."""
-        handle, writer = self._handles[handle_id], self.writer
+        handle, writer = self._opening.handles[handle_id], self.writer
         self._check_end(offset + len(data))
         started, had_room = writer.started, writer.has_room(len(data))
         if not writer.take(handle, offset, data):
@@ -563,7 +501,7 @@ class FileSystem:
 
     async def taken(self, handle_id: int) -> None:
         """Wait until what `write_at_once` has kept may be answered."""
-        handle = self._handles[handle_id]
+        handle = self._opening.handles[handle_id]
         if handle.flags & os.O_SYNC:
             await self._sync(handle)
         else:
@@ -571,7 +509,7 @@ class FileSystem:
 
     async def write(self, handle_id: int, offset: int, data: memoryview) -> None:
         """As `write_at_once` and `taken`, after waiting for room in the log."""
-        handle = self._handles[handle_id]
+        handle = self._opening.handles[handle_id]
         self._check_end(offset + len(data))
         await self.writer.take_later(handle, offset, data)
         self._grow(handle.file.ino, offset + len(data))
@@ -579,73 +517,50 @@ class FileSystem:
 
     async def flush(self, handle_id: int) -> None:
         """close(2) and fsync(2): what was written is committed, or its error reported."""
-        await self._sync(self._handles[handle_id])
+        await self._sync(self._opening.handles[handle_id])
 
     def has_unwritten(self, handle_id: int) -> bool:
         """Whether `flush` has anything to do, or to report."""
-        handle = self._handles[handle_id]
+        handle = self._opening.handles[handle_id]
         return bool(handle.file.extents or handle.error)
 
     def release_at_once(self, handle_id: int) -> bool:
         """`release`, if it needs not wait."""
-        handle = self._handles[handle_id]
+        handle = self._opening.handles[handle_id]
         file = handle.file
         if file.extents or (file.sillyname is not None and len(file.handles) == 1):
             return False
-        self._let_go(handle)
-        if not file.handles and not file.opening:
-            self._open.pop(file.ino).open_file = None
+        if self._opening.let_go(handle):
+            self._opening.forget(file)
         self._table.remove(handle_id)
         return True
 
     async def release(self, handle_id: int) -> None:
-        handle = self._handles[handle_id]
+        handle = self._opening.handles[handle_id]
         file = handle.file
         if file.extents:
             await self.writer.sync(file)  # written through a mapping after close(2)
-        self._let_go(handle)
-        if not file.handles and not file.opening:
-            await self._closed(file, handle.cred)
+        if self._opening.let_go(handle):
+            await self._opening.closed(file, handle.cred)
         # Last, so that a daemon that dies before leaves the handle, and what is to be done, to the next.
         self._table.remove(handle_id)
-
-    def _let_go(self, handle: Handle) -> None:
-        handle.closed = True
-        del self._handles[handle.number]
-        handle.file.handles.remove(handle)
-
-    async def _closed(self, file: OpenFile, cred: Credential) -> None:
-        if file.sillyname is not None:
-            await self._hiding.remove(file, cred)
-            if file.handles or file.opening:
-                return  # opened again meanwhile, by another link
-        self._open.pop(file.ino).open_file = None
 
     # -- directories -------------------------------------------------------------------------------
 
     async def opendir(self, ino: int, cred: Credential, request: Request) -> int:
-        inode = self._inodes.get(ino)
-        number = self._opened_before.pop(request.unique, None) if request.again else None
-        if number is not None and number in self._listings:
-            return number
-        if not await self.attributes.may(inode, nfs3.ACCESS3_READ, cred):
-            raise OSError(errno.EACCES, "the server does not allow it")
-        number = self._table.add(request.unique, ino, 0, cred, is_directory=True)
-        self._listings[number] = self._directories.listing(self._inodes.get(ino), cred)
-        return number
+        return await self._opening.opendir(self._inodes.get(ino), cred, request)
 
     async def readdir(self, handle_id: int, cookie: int, most: int) -> list[ListedEntry]:
         """Up to `most` entries after `cookie`, each with one lookup counted; empty at the end.
 
         The caller gives back by `forget` the lookups of entries that the kernel is not shown.
         """
-        listing = self._listings[handle_id]
+        listing = self._opening.listings[handle_id]
         entries, start = await listing.after(cookie)
         return self._entries.enter_listed(listing, entries[start : start + most])
 
     def releasedir(self, handle_id: int) -> None:
-        self._listings.pop(handle_id).close()
-        self._table.remove(handle_id)
+        self._opening.releasedir(handle_id)
 
     # -- ending ------------------------------------------------------------------------------------
 
@@ -657,7 +572,7 @@ class FileSystem:
     async def sync_all(self) -> None:
         """Commit all that is dirty, as umount does."""
         async with trio.open_nursery() as nursery:
-            for inode in list(self._open.values()):
+            for inode in list(self._opening.open.values()):
                 if inode.open_file is not None and inode.open_file.extents:
                     nursery.start_soon(self.writer.sync, inode.open_file)
 
@@ -704,95 +619,6 @@ class FileSystem:
         times = sattr._replace(size=None, atime_ns=nfs3.SERVER_TIME, mtime_ns=nfs3.SERVER_TIME)
         done = await self._client.setattr(cred, fh, times)
         return made._replace(fh=fh, attr=done.wcc.after)
-
-    def _written(self, ino: int) -> int | None:
-        file = self._open[ino].open_file if ino in self._open else None
-        if file is None:
-            return 0
-        return None if file.extents else file.written
-
-    async def _check_name(self, inode: Inode, cred: Credential) -> None:
-        """Make the kernel look the name up again if it is another file's now.
-
-        A file that was replaced lives on while another client has it open, under a hidden name: its handle alone
-        does not tell that it is the wrong one. As in `_check_kernel_size`, the program does not see the ESTALE.
-        """
-        try:
-            found = await self._client.lookup(cred, self._inodes.get(inode.parent).fh, inode.name, impatient=True)
-            same = found.fh == inode.fh
-        except NfsError as error:
-            if error.status != nfs3.NFS3ERR_NOENT:
-                raise
-            same = False
-        except (ServerAway, KeyError):  # its directory was forgotten
-            return
-        inode.name_doubtful = not same
-        if not same:
-            self._teach(inode, "name is another file's now")
-
-    def _teach(self, inode: Inode, why: str) -> None:
-        now = time.monotonic()
-        if now - inode.taught_at > TAUGHT_S:
-            inode.taught_at = now
-            raise OSError(errno.ESTALE, why)
-
-    def _check_kernel_size(self, inode: Inode, flags: int) -> None:
-        """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.
-
-        An OPEN reply carries no attributes. Who reads asks for them when they were dropped. Who appends does not: there
-        ESTALE makes the kernel walk the path again with LOOKUPs, whose replies have them, and then open again; the
-        program does not see it. The kernel does so once, so a file that changes all the time is let through.
-        """
-        attr, file = inode.attr, inode.open_file
-        if attr is None or attr.type != nfs3.NF3REG or (file is not None and file.extents):
-            return
-        known, inode.kernel_size_bytes = inode.kernel_size_bytes, attr.size
-        if known == attr.size:
-            return
-        if self.attributes.kernel is not None:
-            self.attributes.kernel.drop_attributes(inode.ino)
-        if flags & os.O_APPEND:
-            self._teach(inode, "size changed on the server, or was told by a daemon before us")
-
-    def _opened(self, inode: Inode, flags: int, cred: Credential, request: Request | None) -> Opened:
-        """A new handle; without a request it is one that no other daemon needs to know."""
-        attr, file = inode.attr, self._file(inode)
-        number = self._table.add(request.unique, inode.ino, flags, cred) if request else self._table.number()
-        if request is not None and number not in self._table:
-            flags |= os.O_SYNC  # the next daemon would not know whose its bytes are
-        self._add_handle(Handle(number, file, cred, flags))
-        inode.opened_at = time.monotonic()
-        now = version(attr) if attr is not None else None
-        keep = inode.pages_version == now or bool(file.extents)
-        inode.pages_version = now
-        return Opened(number, keep, self.attributes.mode_of(inode) is Mode.STRICT)
-
-    def _file(self, inode: Inode) -> OpenFile:
-        if inode.open_file is None:
-            inode.open_file = OpenFile(inode.ino, inode.fh)
-            self._open[inode.ino] = inode
-        return inode.open_file
-
-    def _add_handle(self, handle: Handle) -> None:
-        self._handles[handle.number] = handle
-        handle.file.handles.append(handle)
-
-    def handle_of(self, ino: int, cred: Credential) -> int:
-        """A handle for all readers of a file that the kernel opens by itself, kept for a while."""
-        number = self._standing.get(ino)
-        if number is not None:
-            self._standing.move_to_end(ino)
-            return number
-        inode = self._inodes.get(ino)
-        if self.prefetch is not None:
-            self.prefetch.opened(inode, cred)
-        number = self._standing[ino] = self._opened(inode, os.O_RDONLY, cred, None).handle
-        if len(self._standing) > MAX_STANDING:
-            _, oldest = self._standing.popitem(last=False)
-            handle = self._handles.pop(oldest)
-            handle.closed = True
-            self._open.pop(handle.file.ino).open_file = None
-        return number
 
     async def _sync(self, handle: Handle) -> None:
         if handle.file.extents:
@@ -848,17 +674,6 @@ _TYPE_OF_MODE = {
     stat.S_IFCHR: nfs3.NF3CHR,
     stat.S_IFBLK: nfs3.NF3BLK,
 }
-
-
-def _wanted_by(flags: int) -> int:
-    accmode = flags & os.O_ACCMODE
-    wanted = 0
-    if accmode in (os.O_RDONLY, os.O_RDWR):
-        # Servers let who may execute a file read it (RFC 1813 §3.3.4).
-        wanted |= nfs3.ACCESS3_EXECUTE if flags & FMODE_EXEC else nfs3.ACCESS3_READ
-    if accmode in (os.O_WRONLY, os.O_RDWR):
-        wanted |= nfs3.ACCESS3_MODIFY | nfs3.ACCESS3_EXTEND
-    return wanted
 
 
 def _by_servers_clock(sattr: Sattr) -> Sattr | None:
