@@ -1,6 +1,7 @@
 """Imports point one way: cli → control → daemon → fuse → vfs → cache, nfs (docs/design.md)."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def test_a_module_imports_only_what_its_room_may(module: Path) -> None:
         return
     of_ours = {name.split(".")[1] for name in imported(module) if name.startswith("efcfs.")} - {"__version__"}
     assert of_ours - {room(module)} <= ALLOWED[room(module)]
+
+
+def test_modules_import_each_other_one_way_inside_a_room_too() -> None:
+    # The commands import `cli.main`, which imports the one that is asked for.
+    modules = {"efcfs." + ".".join(m.relative_to(ROOT).with_suffix("").parts): m for m in MODULES if room(m) != "cli"}
+    graph = {name: imported(module) & modules.keys() for name, module in modules.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_only_fuse_imports_pyfuse3() -> None:

@@ -105,11 +105,11 @@ def requests(fs: FileSystem, callers: Callers) -> dict[int, Served]:
     credential = callers.credential
 
     def lookup_at_once(asked: Asked, body: memoryview) -> bytes | None:
-        entry = fs.lookup_at_once(asked.ino, _name(body))
+        entry = fs.names.lookup_at_once(asked.ino, _name(body))
         return _entry(entry) if entry is not None else None
 
     async def lookup(asked: Asked, body: bytes) -> bytes:
-        return _entry(await fs.lookup(asked.ino, _name(body), credential(*asked[2:])))
+        return _entry(await fs.names.lookup(asked.ino, _name(body), credential(*asked[2:])))
 
     def getattr_at_once(asked: Asked, body: memoryview) -> bytes | None:
         entry = fs.getattr_at_once(asked.ino)
@@ -126,7 +126,7 @@ def requests(fs: FileSystem, callers: Callers) -> dict[int, Served]:
 
     async def create(asked: Asked, body: bytes) -> bytes:
         flags, mode = _CREATE_IN.unpack_from(body)
-        opened, entry = await fs.create(
+        opened, entry = await fs.names.create(
             asked.ino, _name(body[_CREATE_IN.size :]), mode, flags, credential(*asked[2:]),
             asked.request,
         )  # fmt: skip

@@ -76,44 +76,44 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        return await self._fs.readlink(inode, self._who(ctx)[0])
+        return await self._fs.names.readlink(inode, self._who(ctx)[0])
 
     @_answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return _entry(await self._fs.mkdir(parent_inode, name, mode, *self._who(ctx)))
+        return _entry(await self._fs.names.mkdir(parent_inode, name, mode, *self._who(ctx)))
 
     @_answered
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self._fs.symlink(parent_inode, name, target, *self._who(ctx)))
+        return _entry(await self._fs.names.symlink(parent_inode, name, target, *self._who(ctx)))
 
     @_answered
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self._fs.mknod(parent_inode, name, mode, rdev, *self._who(ctx)))
+        return _entry(await self._fs.names.mknod(parent_inode, name, mode, rdev, *self._who(ctx)))
 
     @_answered
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self._fs.link(inode, new_parent_inode, new_name, *self._who(ctx)))
+        return _entry(await self._fs.names.link(inode, new_parent_inode, new_name, *self._who(ctx)))
 
     @_answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._fs.unlink(parent_inode, name, *self._who(ctx))
+        await self._fs.names.unlink(parent_inode, name, *self._who(ctx))
 
     @_answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._fs.rmdir(parent_inode, name, *self._who(ctx))
+        await self._fs.names.rmdir(parent_inode, name, *self._who(ctx))
 
     @_answered
     async def rename(
         self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes, flags: int,
         ctx: RequestContext,
     ) -> None:  # fmt: skip
-        await self._fs.rename(
+        await self._fs.names.rename(
             parent_inode_old, name_old, parent_inode_new, name_new, flags, *self._who(ctx)
         )
 

@@ -1,20 +1,20 @@
-"""The file system: every operation in terms of node ids, knowing neither pyfuse3 nor RPC.
+"""The file system: its parts, and every operation in terms of node ids, knowing neither pyfuse3 nor RPC.
 
 Each operation takes the caller's credential and asks the server in its name. What may be answered without
-the server is decided in `attributes.py`; this module orders things: writes before truncation, revalidation
-before open, hiding before the removal of a file that is open.
+the server is decided in `attributes.py`; this module orders what several parts have a share in: writes before
+truncation, checks before open, what is written over what is read. Operations on names are `FileSystem.names`.
 
 Operations raise OSError, KeyError for a node id or handle that does not exist, and `errors.SERVER_ERRORS`.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 
 import trio
@@ -31,20 +31,21 @@ from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories
 from efcfs.vfs.dirtylog import DirtyLog
 from efcfs.vfs.entries import Entries, Entry, ListedEntry
-from efcfs.vfs.errors import SERVER_ERRORS
 from efcfs.vfs.handles import Handles, Request
-from efcfs.vfs.hiding import Hiding, must_hide
+from efcfs.vfs.hiding import Hiding
 from efcfs.vfs.inodes import ROOT_INO, Inode, Inodes
+from efcfs.vfs.names import Names
 from efcfs.vfs.openfile import Extent, Handle
 from efcfs.vfs.opening import Opened, Opening
 from efcfs.vfs.prefetch import Prefetch
 from efcfs.vfs.reader import Reader, fetch_from
 from efcfs.vfs.warmup import Warmup
-from efcfs.vfs.writer import Taken, Writer, log
+from efcfs.vfs.writer import Taken, Writer
+
+log = logging.getLogger(__name__)
 
 # The kernel turns utimensat(UTIME_NOW) into its own time, and pyfuse3 does not tell; so recent it may have been that.
 MAYBE_NOW_NS = 1_000_000_000
-RENAME_NOREPLACE = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ class FileSystem:
         self._opening = Opening(
             client, inodes, attributes, directories, handles, self._hiding, nursery, cto=options.cto
         )
+        self.names = Names(
+            client, inodes, attributes, directories, self._entries, self._hiding, self._opening, handles.nonce
+        )
         self.reader = Reader(
             fetch_from(client), store, options.server_identity, attributes.learn, self._opening.written, nursery
         )
@@ -90,174 +94,6 @@ class FileSystem:
         self._options = options
         self._inodes = inodes
         self._table = handles
-
-    # -- names -------------------------------------------------------------------------------------
-
-    def lookup_at_once(self, parent: int, name: bytes) -> Entry | None:
-        """What a kept listing of the directory tells, if it may be believed."""
-        directory = self._inodes.get(parent)
-        if self._entries.lookupcache != "all" or name in (b".", b".."):
-            return None
-        seen = self._directories.find(directory, name)
-        if seen is None:
-            return None
-        entry, seen_at = seen
-        if entry is None:
-            return self._entries.missing(directory)
-        return self._entries.enter_kept(directory, entry, seen_at)
-
-    async def lookup(self, parent: int, name: bytes, cred: Credential) -> Entry:
-        directory = self._inodes.get(parent)
-        asked_at = time.monotonic()
-        if name == b".":
-            await self.attributes.get(directory, cred)
-            return self._entries.enter(directory.parent, directory.name, directory.fh, directory.attr, asked_at)
-        known = self._inodes.at(parent, name)
-        usable = known is not None and self.attributes.may_be_old(known)
-        try:
-            if usable and self._client.away:
-                raise ServerAway
-            found = await self._client.lookup(cred, directory.fh, name, impatient=usable)
-        except NfsError as error:
-            if error.status != nfs3.NFS3ERR_NOENT:
-                raise
-            return self._entries.missing(directory)
-        except ServerAway:
-            assert known is not None
-            return self._entries.enter_known(directory, name, known)
-        self.attributes.update(directory, found.dir_attr, asked_at)
-        return await self._entries.enter_completed(directory, name, found.fh, found.attr, asked_at, cred)
-
-    async def readlink(self, ino: int, cred: Credential) -> bytes:
-        inode = self._inodes.get(ino)
-        asked_at = time.monotonic()
-        result = await self._client.readlink(cred, inode.fh)
-        self.attributes.update(inode, result.attr, asked_at)
-        return result.target
-
-    async def mkdir(self, parent: int, name: bytes, mode: int, cred: Credential, request: Request) -> Entry:
-        directory = self._inodes.get(parent)
-        self.attributes.refuse_immutable(directory)
-        asked_at = time.monotonic()
-        made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)), again=request.again)
-        return await self._entries.enter_made(directory, name, made, asked_at, cred)
-
-    async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential, request: Request) -> Entry:
-        directory = self._inodes.get(parent)
-        self.attributes.refuse_immutable(directory)
-        asked_at = time.monotonic()
-        made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target, again=request.again)
-        return await self._entries.enter_made(directory, name, made, asked_at, cred)
-
-    async def mknod(
-        self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential, request: Request
-    ) -> Entry:
-        directory = self._inodes.get(parent)
-        self.attributes.refuse_immutable(directory)
-        sattr = Sattr(mode=stat.S_IMODE(mode))
-        asked_at = time.monotonic()
-        if stat.S_ISREG(mode):
-            made = await self._create_exclusive(directory, name, sattr, cred, request)
-        else:
-            file_type = _TYPE_OF_MODE.get(stat.S_IFMT(mode))
-            if file_type is None:
-                raise OSError(errno.EINVAL, "mknod of this type")
-            made = await self._client.mknod(
-                cred, directory.fh, name, file_type, sattr, os.major(rdev), os.minor(rdev), again=request.again
-            )
-        return await self._entries.enter_made(directory, name, made, asked_at, cred)
-
-    async def link(
-        self, ino: int, new_parent: int, new_name: bytes, cred: Credential, request: Request
-    ) -> Entry:
-        inode, directory = self._inodes.get(ino), self._inodes.get(new_parent)
-        self.attributes.refuse_immutable(inode, directory)
-        asked_at = time.monotonic()
-        result = await self._client.link(cred, inode.fh, directory.fh, new_name, again=request.again)
-        self.attributes.update_wcc(directory, result.wcc, asked_at)
-        # A new name changes ctime and nothing that the kernel's pages hold.
-        self.attributes.update(inode, result.attr, asked_at, own=True)
-        return await self._entries.enter_completed(directory, new_name, inode.fh, result.attr, asked_at, cred)
-
-    async def unlink(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
-        directory = self._inodes.get(parent)
-        self.attributes.refuse_immutable(directory)
-        target = self._inodes.at(parent, name)
-        if target is not None and must_hide(target, request):
-            await self._hiding.hide(directory, name, target, cred, request)
-            return
-        asked_at = time.monotonic()
-        with self._hiding.removal(target):
-            result = await self._client.remove(cred, directory.fh, name, again=request.again)
-        self._inodes.removed(parent, name)
-        self._directories.changed(directory, name)
-        self.attributes.update_wcc(directory, result.wcc, asked_at)
-        if target is not None:
-            self.attributes.expire(target)  # it may live on under other names, with a link less
-
-    async def rmdir(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
-        directory = self._inodes.get(parent)
-        self.attributes.refuse_immutable(directory)
-        asked_at = time.monotonic()
-        result = await self._client.rmdir(cred, directory.fh, name, again=request.again)
-        self._inodes.removed(parent, name)
-        self._directories.changed(directory, name)
-        self.attributes.update_wcc(directory, result.wcc, asked_at)
-
-    async def rename(
-        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, cred: Credential,
-        request: Request,
-    ) -> None:  # fmt: skip
-        if flags & ~RENAME_NOREPLACE:
-            raise OSError(errno.EINVAL, "NFSv3 cannot exchange names")
-        old, new = self._inodes.get(parent), self._inodes.get(new_parent)
-        self.attributes.refuse_immutable(old, new)
-        if request.again and await self._was_renamed(old, name, new, new_name, cred):
-            return
-        hidden: Inode | None = None
-        replaced: Inode | None = None
-        if flags & RENAME_NOREPLACE:
-            if await self._rename_to_free_name(old, name, new, new_name, cred, request):
-                return
-        else:
-            replaced = self._inodes.at(new_parent, new_name)
-            if replaced is not None:
-                self.attributes.expire(replaced)
-            if replaced is not None:
-                self._opening.keep_open(replaced, cred)
-            if replaced is not None and must_hide(replaced, request):
-                if (await self._client.lookup(cred, old.fh, name)).fh == replaced.fh:
-                    return  # both names are the same file: POSIX says do nothing
-                if replaced.open_file is not None:  # still
-                    await self._hiding.hide(new, new_name, replaced, cred, request)
-                    hidden = replaced
-        asked_at = time.monotonic()
-        try:
-            with self._hiding.removal(replaced):
-                result = await self._client.rename(cred, old.fh, name, new.fh, new_name, again=request.again)
-        except SERVER_ERRORS:
-            if hidden is not None:
-                await self._hiding.unhide(new, hidden, new_name, cred)
-            raise
-        self.attributes.update_wcc(old, result.from_wcc, asked_at)
-        if new is not old:
-            self.attributes.update_wcc(new, result.to_wcc, asked_at)
-        self._renamed(old, name, new, new_name)
-
-    async def _was_renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential) -> bool:
-        """Whether a RENAME that came again was done before: the old name is gone, and the new one there."""
-        try:
-            await self._client.lookup(cred, old.fh, name)
-        except NfsError as error:
-            if error.status != nfs3.NFS3ERR_NOENT:
-                raise
-        else:
-            return False
-        await self._client.lookup(cred, new.fh, new_name)  # NOENT: it was never there to be renamed
-        for directory in (old, new):
-            self.attributes.expire(directory)
-        self._renamed(old, name, new, new_name)
-        return True
 
     def attach(self, kernel: Kernel) -> None:
         """From now on the kernel may be told things."""
@@ -376,42 +212,26 @@ class FileSystem:
     # -- files -------------------------------------------------------------------------------------
 
     async def open(self, ino: int, flags: int, cred: Credential, request: Request) -> Opened:
-        inode = self._inodes.get(ino)
-        before = self._opening.again(request)
-        if before is not None:
+        inode, opening = self._inodes.get(ino), self._opening
+        if request.again and (before := opening.again(request)) is not None:
             return before[1]
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self.attributes.refuse_immutable(inode)
-        file = await self._opening.begin(inode)
+        while ino in self._hiding.removals:
+            await self._hiding.removals[ino].wait()
+        file = opening.begin(inode)
         try:
-            await self._opening.check(inode, flags, cred)
+            await opening.check(inode, flags, cred)
             if flags & os.O_TRUNC:
                 await self.setattr(ino, cred, size_bytes=0)
                 inode.kernel_size_bytes = 0
             if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
                 self.prefetch.opened(inode, cred)
-            return self._opening.opened(inode, flags, cred, request)
+            return opening.opened(inode, flags, cred, request)
         finally:
-            await self._opening.end(file, cred)
-
-    async def create(
-        self, parent: int, name: bytes, mode: int, flags: int, cred: Credential, request: Request
-    ) -> tuple[Opened, Entry]:
-        directory = self._inodes.get(parent)
-        self.attributes.refuse_immutable(directory)
-        before = self._opening.again(request)
-        if before is not None:
-            inode, opened = before
-            await self.attributes.get(inode, cred)  # its lookup was counted by who opened it
-            return opened, self._entries.of(inode)
-        asked_at = time.monotonic()
-        sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
-        if flags & os.O_EXCL:
-            made = await self._create_exclusive(directory, name, sattr, cred, request)
-        else:
-            made = await self._client.create(cred, directory.fh, name, sattr)
-        entry = await self._entries.enter_made(directory, name, made, asked_at, cred)
-        return self._opening.opened(self._inodes.get(entry.ino), flags, cred, request), entry
+            file.opening -= 1
+            if not file.handles and not file.opening:
+                await opening.came_to_nothing(file, cred)
 
     def handle_of(self, ino: int, cred: Credential) -> int:
         """A handle for all readers of a file that the kernel opens by itself, kept for a while."""
@@ -595,85 +415,12 @@ class FileSystem:
         with contextlib.suppress(KeyError):  # its directory was forgotten
             self._directories.touched(self._inodes.get(inode.parent), inode.name)
 
-    async def _create_exclusive(
-        self, directory: Inode, name: bytes, sattr: Sattr, cred: Credential, request: Request
-    ) -> nfs3.CreateResult:
-        """CREATE EXCLUSIVE, then the attributes: servers keep the verifier in the times (RFC 1813 §3.3.8).
-
-        The verifier is the same when the request comes again. Where the attributes had been set by then, it is gone:
-        then an empty file of that name is ours, for in between nobody was told that it is there.
-        """
-        verifier = blake2b(b"%d %d" % (self._table.nonce, request.unique), digest_size=nfs3.CREATEVERFSIZE).digest()
-        try:
-            made = await self._client.create_exclusive(cred, directory.fh, name, verifier)
-        except NfsError as error:
-            if error.status != nfs3.NFS3ERR_EXIST or not request.again:
-                raise
-            found = await self._client.lookup(cred, directory.fh, name)
-            if found.attr is None or found.attr.type != nfs3.NF3REG or found.attr.size:
-                raise
-            made = nfs3.CreateResult(nfs3.NFS3_OK, found.fh, found.attr, nfs3.Wcc(None, found.dir_attr))
-        fh = made.fh if made.fh is not None else (await self._client.lookup(cred, directory.fh, name)).fh
-        if fh is None:
-            raise OSError(errno.EIO, "CREATE without a file handle")
-        times = sattr._replace(size=None, atime_ns=nfs3.SERVER_TIME, mtime_ns=nfs3.SERVER_TIME)
-        done = await self._client.setattr(cred, fh, times)
-        return made._replace(fh=fh, attr=done.wcc.after)
-
     async def _sync(self, handle: Handle) -> None:
         if handle.file.extents:
             await self.writer.sync(handle.file)
         number = self.writer.new_error(handle)
         if number is not None:
             raise OSError(number, os.strerror(number))
-
-    async def _rename_to_free_name(
-        self, old: Inode, name: bytes, new: Inode, new_name: bytes, cred: Credential, request: Request
-    ) -> bool:
-        """RENAME_NOREPLACE of a file as LINK and REMOVE, since NFSv3's RENAME replaces and LINK does not.
-
-        False: not done, but the name is free (a directory, or a server without links): a plain RENAME may
-        follow, with the small race that leaves. Raises EEXIST when the name is taken.
-        """
-        source = await self._client.lookup(cred, old.fh, name)
-        try:
-            taken = await self._client.lookup(cred, new.fh, new_name)
-        except NfsError as error:
-            if error.status != nfs3.NFS3ERR_NOENT:
-                raise
-        else:
-            if not request.again or taken.fh != source.fh:
-                raise OSError(errno.EEXIST, "name is taken")
-        if source.fh is None or source.attr is None or source.attr.type == nfs3.NF3DIR:
-            return False
-        asked_at = time.monotonic()
-        try:
-            linked = await self._client.link(cred, source.fh, new.fh, new_name, again=request.again)
-        except NfsError as error:
-            if error.status in (nfs3.NFS3ERR_NOTSUPP, nfs3.NFS3ERR_MLINK, nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES):
-                return False
-            raise
-        self.attributes.update_wcc(new, linked.wcc, asked_at)
-        removed = await self._client.remove(cred, old.fh, name)
-        self.attributes.update_wcc(old, removed.wcc, asked_at)
-        self._renamed(old, name, new, new_name)
-        return True
-
-    def _renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes) -> None:
-        self._directories.changed(old, name)
-        self._directories.changed(new, new_name)
-        moved = self._inodes.at(old.ino, name)
-        if moved is not None:
-            self._inodes.moved(old.ino, name, new.ino, new_name)
-            self.attributes.expire(moved)  # its ctime changed
-
-
-_TYPE_OF_MODE = {
-    stat.S_IFIFO: nfs3.NF3FIFO,
-    stat.S_IFSOCK: nfs3.NF3SOCK,
-    stat.S_IFCHR: nfs3.NF3CHR,
-    stat.S_IFBLK: nfs3.NF3BLK,
-}
 
 
 def _by_servers_clock(sattr: Sattr) -> Sattr | None:

@@ -1,6 +1,6 @@
 """What there is of a file only while it is open here: handles, dirty extents, streams of reads.
 
-Plain state, no behaviour: `writer.py` and `reader.py` act on it, `filesystem.py` makes and ends it.
+Plain state, no behaviour: `writer.py` and `reader.py` act on it, `opening.py` makes and ends it.
 """
 
 import enum

@@ -94,17 +94,15 @@ class Opening:
     # -- open(2), in this order ----------------------------------------------------------------------
 
     def again(self, request: Request) -> tuple[Inode, Opened] | None:
-        """What the request opened before, if it came again and a daemon before us had got so far."""
-        number = self._opened_before.pop(request.unique, None) if request.again else None
+        """What the request, which came again, had opened, if the daemon before us got so far."""
+        number = self._opened_before.pop(request.unique, None)
         if number is None or number not in self.handles:
             return None
         inode = self.open[self.handles[number].file.ino]
         return inode, Opened(number, False, self._attributes.mode_of(inode) is Mode.STRICT)
 
-    async def begin(self, inode: Inode) -> OpenFile:
-        """From now on it counts as open: who takes its name away meanwhile must hide it. `end` follows."""
-        while inode.ino in self._hiding.removals:
-            await self._hiding.removals[inode.ino].wait()
+    def begin(self, inode: Inode) -> OpenFile:
+        """From now on, until `opening` is taken back, it counts as open: who takes its name away must hide it."""
         inode.opened_at = time.monotonic()
         file = self._file(inode)
         file.opening += 1
@@ -133,12 +131,10 @@ class Opening:
         inode.pages_version = now
         return Opened(number, keep, self._attributes.mode_of(inode) is Mode.STRICT)
 
-    async def end(self, file: OpenFile, cred: Credential) -> None:
-        """The open(2) that `begin` counted is over, with a handle or without."""
-        file.opening -= 1
-        if not file.handles and not file.opening:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
-                await self.closed(file, cred)
+    async def came_to_nothing(self, file: OpenFile, cred: Credential) -> None:
+        """An open(2) that failed or was given up, and nobody else has the file open."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
+            await self.closed(file, cred)
 
     # -- handles -------------------------------------------------------------------------------------
 
