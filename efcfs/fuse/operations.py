@@ -167,8 +167,6 @@ class Operations(pyfuse3.Operations):
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         raise FUSEError(errno.ENOSYS)
 
-    # -- files -------------------------------------------------------------------------------------
-
     # -- directories -------------------------------------------------------------------------------
 
     @_answered
