@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from efcfs.cli.mount import KEEPER
 from efcfs.keeper import directories
 from tests.bed import is_mounted
 from tests.place import wait_until
+from tests.waiting import Waiting
 
 FAKE = str(Path(__file__).with_name("fake_daemon.py"))
 
@@ -155,39 +155,13 @@ for line in sys.stdin:
 """
 
 
-class Reader:
-    """A program with an open file in a mount. A program of its own: whoever keeps a mount's fd for a keeper that was
-    killed must not wait for that mount, nor have its files open when it starts the next keeper."""
-
-    def __init__(self, path: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", READER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.answer() == "open"
-
-    def ask(self, offset: int) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{offset}\n")
-        self.process.stdin.flush()
-
-    def answer(self, timeout_s: float = 20) -> str:
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
-        assert ready, "the program hangs"
-        return self.process.stdout.readline().rstrip("\n")
-
-    def read(self, offset: int = 0) -> str:
-        self.ask(offset)
-        return self.answer()
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        # It does not end while it waits for a mount that nobody serves; the keeper's end will end it.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.communicate(timeout=2)
+def reading(path: Path) -> Waiting:
+    """A program with an open file in a mount; it reads at the offset that it is given. A program of its own: whoever
+    keeps a mount's fd for a keeper that was killed must not wait for that mount, nor have its files open when it
+    starts the next keeper."""
+    reader = Waiting(READER, path)
+    assert reader.told() == "open"
+    return reader
 
 
 class Manager:

@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.bed import Ganesha, Mount, Proxy, is_mounted
 from tests.place import Place, small_tmpfs, wait_until
+from tests.waiting import Waiting
 
 MIB = 1024 * 1024
 
@@ -34,13 +34,6 @@ def kill_daemon(mount: Mount) -> None:
     wait_until(lambda: mount.status().get("daemon_pid", pid) != pid, 20)
     after = mount.status()
     assert after["failovers"] == int(str(before["failovers"])) + 1 and after["last_exit"] == "signal SIGKILL"
-
-
-def in_a_process(program: str, *arguments: str) -> subprocess.Popen[str]:
-    """Python in a process of its own: the test's must have no file open that its children would close."""
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
 
 
 def test_open_files_and_directories_go_on(own: Mount, export: Path) -> None:
@@ -123,15 +116,15 @@ def test_bytes_that_were_acknowledged_arrive_without_a_call_more(own: Mount, exp
     program = "import os, sys\n" \
         "fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)\n" \
         "for i in range(300): os.pwrite(fd, bytes([i % 251]) * 5000, i * 4000)\n" \
-        "print('written', flush=True); sys.stdin.read()\n"  # fmt: skip
-    with in_a_process(program, str(here / "file")) as process:
-        assert process.stdout is not None and process.stdout.readline() == "written\n"
+        "print('written', flush=True); sys.stdin.readline()\n"  # fmt: skip
+    with Waiting(program, here / "file") as process:
+        assert process.told() == "written"
         kill_daemon(own)
         expected = bytearray()
         for i in range(300):
             expected[i * 4000 :] = bytes([i % 251]) * 5000
         wait_until(lambda: (export / "file").read_bytes() == expected)
-        process.communicate("")
+        process.end()
 
 
 def test_what_was_fsynced_is_on_the_server_when_daemon_keeper_and_mount_are_gone(
@@ -177,12 +170,11 @@ def test_a_failed_write_is_reported_once_by_the_next_daemon(tmp_path: Path) -> N
             mount = Mount(server, tmp_path / "mnt")
             mount.daemon_may_die = True
             with mount:
-                with in_a_process(FAILING_WRITER, str(mount.path / "file")) as process:
-                    assert process.stdin is not None and process.stdout is not None
-                    assert process.stdout.readline() == "written\n"
+                with Waiting(FAILING_WRITER, mount.path / "file") as process:
+                    assert process.told() == "written"
                     wait_until(lambda: mount.status()["dirty_bytes"] == 0)
                     kill_daemon(mount)
-                    told, _ = process.communicate("\n")
+                    told = process.end()
                 assert told.split() == [str(errno.ENOSPC), "0", "0"]
     finally:
         subprocess.run(["umount", "-l", small], check=True)

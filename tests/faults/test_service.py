@@ -16,7 +16,7 @@ from efcfs.keeper import kernel, service
 from efcfs.keeper.child import born
 from tests.bed import Ganesha, efcfs
 from tests.faults.fake_daemon import HELD_OFFSET
-from tests.faults.keepers import Kept, Managed, Manager, Reader, fake
+from tests.faults.keepers import Kept, Managed, Manager, fake, reading
 from tests.place import wait_until
 
 EFCFS = [sys.executable, "-m", "efcfs.cli.main"]
@@ -50,19 +50,19 @@ def test_a_keeper_killed_with_9_gets_its_mount_back_under_an_open_file(
 ) -> None:
     with (
         Managed(tmp_path, fake("hold", "once"), manager) as kept,
-        Reader(kept.file) as reader, Reader(kept.file) as held,
+        reading(kept.file) as reader, reading(kept.file) as held,
     ):  # fmt: skip
-        held.ask(HELD_OFFSET)
+        held.go_on(HELD_OFFSET)
         wait_until(lambda: bool(list(kept.notes("held"))))
         before = kept.requests()[-1]
         for failovers in 1, 2:
             daemon = kept.daemon_pid
             kill_and_wait(kept, *([daemon] if also == "the daemon" else []))
-            reader.ask(0)
+            reader.go_on(0)
             kept.start()
-            assert reader.answer() == "first"
+            assert reader.told() == "first"
             wait_until(lambda: kept.requests()[-1]["keeper_pid"] == kept.keeper_pid)
-            assert reader.read() == "first"
+            assert reader.ask(0) == "first"
             assert born(daemon) == 0
             now = kept.requests()[-1]
             assert [now[key] for key in ("state_dir", "started_at", "config")] == [
@@ -70,7 +70,7 @@ def test_a_keeper_killed_with_9_gets_its_mount_back_under_an_open_file(
             ]
             assert (now["keeper_pid"], now["failovers"], now["patient"]) == (kept.keeper_pid, failovers, True)
             assert control.Mounted(str(kept.path), "", 0).keeper_pid == kept.keeper_pid
-        assert held.answer() == ""
+        assert held.told() == ""
         reader.process.kill()
         held.process.kill()
         for program in reader, held:
@@ -95,8 +95,8 @@ def test_a_keeper_that_comes_back_knows_of_upgrades(tmp_path: Path, manager: Man
         wait_until(lambda: len(kept.heard("upgraded")) == 1 and len(kept.daemons()) == 1)
         kill_and_wait(kept)
         kept.start()
-        with Reader(kept.file) as reader:
-            assert reader.read() == "second"
+        with reading(kept.file) as reader:
+            assert reader.ask(0) == "second"
         last = kept.requests()[-1]
         assert (last["upgrades"], last["failovers"], last["daemon"]) == (1, 1, fake("any"))
         kept.umount()
@@ -108,8 +108,8 @@ def test_a_store_of_a_mount_that_is_gone_is_emptied_and_the_mount_made_anew(tmp_
         kill_and_wait(kept, kept.daemon_pid)
         kernel.unmount(str(kept.path), kernel.device_at(str(kept.path)))  # umount(8) would wait for it
         kept.start()
-        with Reader(kept.file) as reader:
-            assert reader.read() == "first"
+        with reading(kept.file) as reader:
+            assert reader.ask(0) == "first"
         assert kept.requests()[-1]["failovers"] == 0
         kept.umount()
         kept.assert_nothing_is_left()
@@ -129,8 +129,8 @@ def test_the_command_in_the_foreground_gets_its_mount_back(server: Ganesha, tmp_
             os.kill(process.pid, signal.SIGKILL)
             process.wait(5)
             process = manager.start(command, stderr=subprocess.DEVNULL)
-            with Reader(path / "here") as reader:  # waits, and sees no error
-                assert reader.read() == "content"
+            with reading(path / "here") as reader:  # waits, and sees no error
+                assert reader.ask(0) == "content"
             # Until then it was the old daemon that answered.
             wait_until(lambda told=(process.pid, failovers): served_by(path) == told)  # type: ignore[misc]
         done = efcfs("umount", str(path))

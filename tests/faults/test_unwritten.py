@@ -12,6 +12,7 @@ import pytest
 
 from tests.bed import Ganesha, Mount, Proxy, efcfs, is_mounted
 from tests.place import wait_until
+from tests.waiting import Waiting
 
 MIB = 1024 * 1024
 
@@ -42,19 +43,16 @@ def unwritten() -> list[str]:
 
 def test_more_than_the_option_allows_waits_for_the_server(server: Ganesha, export: Path, tmp_path: Path) -> None:
     with Mount(server, tmp_path / "mnt", "dirty=16m") as mount:
-        command = [sys.executable, "-c", WRITER, str(mount.path / export.name / "file")]
-        with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdin is not None and process.stdout is not None
-            assert process.stdout.readline() == "opened\n"
+        with Waiting(WRITER, mount.path / export.name / "file") as writer:
+            assert writer.told() == "opened"
             server.pause()
             try:
-                process.stdin.write("\n")
-                process.stdin.flush()
+                writer.go_on()
                 wait_until(lambda: mount.status()["dirty_bytes"] == 17 * MIB)  # the last one waits for its answer
-                assert process.poll() is None
+                assert writer.process.poll() is None
             finally:
                 server.resume()
-            process.communicate(timeout=30)
+            writer.end()
         assert (export / "file").read_bytes() == b"".join(bytes([i]) * MIB for i in range(40))
 
 
@@ -74,20 +72,18 @@ def test_thousands_of_scattered_writes_wait_for_the_server_and_do_not_hold_up_a_
     mount = Mount(server, tmp_path / "mnt")
     mount.daemon_may_die = True
     with mount:
-        command = [sys.executable, "-c", SCATTERING, str(mount.path / export.name / "file")]
-        with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdin is not None and process.stdout is not None
-            assert process.stdout.readline() == "opened\n"
+        with Waiting(SCATTERING, mount.path / export.name / "file") as writer:
+            assert writer.told() == "opened"
             server.pause()
             try:
-                print(file=process.stdin, flush=True)
+                writer.go_on()
                 wait_until(lambda: mount.status()["dirty_bytes"] == 4096 * 4096, 30)
                 pid = int(str(mount.status()["daemon_pid"]))
                 os.kill(pid, signal.SIGKILL)
                 wait_until(lambda: mount.status().get("daemon_pid", pid) != pid)
             finally:
                 server.resume()
-            process.communicate(timeout=60)
+            writer.end()
         assert mount.status()["failovers"] == 1
         data = (export / "file").read_bytes()
         assert all(data[i * 8192 : i * 8192 + 4096] == bytes([i % 251]) * 4096 for i in range(5000))
@@ -123,20 +119,13 @@ def left_unwritten(server: Ganesha, mount: Mount, export: Path, names: tuple[str
     here = mount.path / export.name
     (here / "directory").mkdir()
     before = set(unwritten())
-    writers = [
-        subprocess.Popen([sys.executable, "-c", PATIENT_WRITER, str(here / name)], text=True,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for name in names
-    ]  # fmt: skip
+    writers = [Waiting(PATIENT_WRITER, here / name) for name in names]
     try:
         for writer in writers:
-            assert writer.stdout is not None and writer.stdout.readline() == "opened\n"
+            assert writer.told() == "opened"
         server.pause()
         for writer in writers:
-            assert writer.stdin is not None and writer.stdout is not None
-            writer.stdin.write("\n")
-            writer.stdin.flush()
-            assert writer.stdout.readline() == "written\n"
+            assert writer.ask() == "written"
         started = time.monotonic()
         done = efcfs("umount", "-f", str(mount.path))
         assert time.monotonic() - started < 5
@@ -144,7 +133,7 @@ def left_unwritten(server: Ganesha, mount: Mount, export: Path, names: tuple[str
     finally:
         server.resume()
         for writer in writers:
-            writer.communicate("\n")
+            writer.end()
     (name,) = set(unwritten()) - before
     assert done.returncode == 0 and done.stderr.count("\n") == 1 and f"efcfs recover {name}" in done.stderr
     return name

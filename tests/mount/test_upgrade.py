@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ import efcfs
 from tests.bed import Ganesha, Mount
 from tests.bed import efcfs as command
 from tests.place import Place, wait_until
+from tests.waiting import Waiting
 
 MIB = 1024 * 1024
 
@@ -98,13 +98,11 @@ def test_the_old_daemon_changes_nothing_while_the_new_one_takes_over(
     with own:
         keeper = own.status()["keeper_pid"]
         daemons = Path(f"/proc/{keeper}/task/{keeper}/children")
-        command = [sys.executable, "-c", WRITER, str(Place.of(own, export).here / "file"), str(daemons)]
-        with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
-            assert writer.stdin is not None and writer.stdout is not None
-            assert writer.stdout.readline() == "opened\n"
+        with Waiting(WRITER, Place.of(own, export).here / "file", daemons) as writer:
+            assert writer.told() == "opened"
             server.pause()
             try:
-                print(file=writer.stdin, flush=True)
+                writer.go_on()
                 told: list[str] = []
                 upgrading = threading.Thread(target=lambda: told.append(upgrade(own, "--python", str(slow))))
                 upgrading.start()
@@ -113,9 +111,9 @@ def test_the_old_daemon_changes_nothing_while_the_new_one_takes_over(
                 server.resume()
             upgrading.join(30)
             assert told == [""]
-            print(file=writer.stdin, flush=True)  # it kills the daemon before a WRITE can go out
+            writer.go_on()  # it kills the daemon before a WRITE can go out
             wait_until(lambda: (export / "file").read_bytes()[:15] == b"only in the log")
-            writer.communicate("\n")
+            writer.end()
 
 
 def test_a_new_daemon_that_is_killed_before_it_serves_leaves_the_old_one(
