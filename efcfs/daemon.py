@@ -384,7 +384,7 @@ def main() -> None:
         say(keeper, error=f"the server does not let the export's root be read: {error}", code=32)
     except Exception as error:
         log.exception("the daemon ends")
-        say(keeper, error=f"internal error ({error}): see the log", code=2)
+        say(keeper, error=f"internal error ({str(error) or type(error).__name__}): see the log", code=2)
         sys.exit(1)
 
 

@@ -21,7 +21,7 @@ from efcfs.fuse.callers import Callers
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.vfs.entries import Entry
-from efcfs.vfs.errors import SERVER_ERRORS, errno_of
+from efcfs.vfs.errors import SERVER_ERRORS, errno_of, is_of_the_daemon
 from efcfs.vfs.filesystem import FileSystem
 from efcfs.vfs.handles import Request
 from efcfs.vfs.opening import Opened
@@ -89,9 +89,14 @@ class Served(NamedTuple):
 
 
 def told(operation: str, error: Exception) -> FUSEError:
-    """What the kernel is told of the failure of an operation."""
+    """What the kernel is told of the failure of an operation.
+
+    Nothing, when it is the daemon's own: raised again it ends this one, and the next is asked.
+    """
     if isinstance(error, FUSEError):
         return error
+    if is_of_the_daemon(error):
+        raise error
     if isinstance(error, (OSError, *SERVER_ERRORS)):
         return FUSEError(errno_of(error))
     if isinstance(error, KeyError):

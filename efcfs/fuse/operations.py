@@ -1,7 +1,7 @@
 """The kernel's requests, translated: pyfuse3's types in, `vfs` calls, pyfuse3's types out.
 
-No decision is made here. Every error becomes an errno in `_answered`; pyfuse3 ends its main loop on any
-other exception.
+No decision is made here. Every error becomes an errno in `_answered`, but those that end the daemon:
+pyfuse3 ends its main loop on any other exception.
 """
 
 import errno

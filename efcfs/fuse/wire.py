@@ -13,7 +13,7 @@ it takes for /dev/fuse, and its answers come back that way. There are four reaso
 * Failover. A request's number, and whether the kernel sends it again because a daemon died over it, is nothing that
   libfuse passes on. So the pid in a request's header is replaced by a token for all three (`Wire.asked`).
 
-Nothing here may wait but `_serve`, and nothing may raise: trio takes out an instrument that does.
+Nothing here may wait but `_serve`, and what raises ends the daemon: trio takes out an instrument that does.
 """
 
 import errno

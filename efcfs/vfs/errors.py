@@ -47,6 +47,13 @@ _WORTH_A_LINE = {nfs3.NFS3ERR_BADHANDLE, nfs3.NFS3ERR_SERVERFAULT, nfs3.NFS3ERR_
 SERVER_ERRORS = (NfsError, TimedOut, ServerAway, CallFailed, RpcRefused)
 
 
+def is_of_the_daemon(error: Exception) -> bool:
+    """Whether it tells of this daemon and of no file: memory or a thread is not to be had, or a part of it has failed,
+    whose nursery takes no more tasks. Another daemon can do what was asked."""
+    out_of_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return out_of_memory or isinstance(error, RuntimeError)
+
+
 def errno_of(error: Exception) -> int:
     """The errno that the program sees for `error`."""
     if isinstance(error, NfsError):

@@ -39,9 +39,16 @@ PROGRAM_S = 120.0
 TELL_S = 10.0
 
 
+def killed(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """`death`: what a daemon dies of; returns when it does."""
+
     kills: int = 0
+    death: Callable[[int], None] = killed
     upgrades: int = 0
     restart_server: bool = False
     programs: int = 8
@@ -232,7 +239,7 @@ class Disturbance:
         return found
 
     def kill(self) -> None:
-        """SIGKILL a daemon at random moments."""
+        """The death of a daemon at random moments."""
         rng = random.Random(self.plan.seed)
         young = 0
         while len(self.outcome.kills) < self.plan.kills and not self.over:
@@ -249,7 +256,7 @@ class Disturbance:
                 time.sleep(0.01)
             pid = rng.choice(alive)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                self.plan.death(pid)
                 now = time.monotonic()
                 self.outcome.kills.append(Span(now, now + BEGINNING_S))
                 self.outcome.daemon_pids.append(pid)
