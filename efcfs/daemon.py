@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -62,13 +63,23 @@ async def run(keeper: socket.socket, request: Asked) -> None:
                 await session.greet(base64.b64decode(str(request["init"])))
             async with connected(config, state_dir, request) as client:
                 say(keeper, connected=True)
-                await trio.lowlevel.wait_readable(keeper)
-                data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES, 1)
-                if fds:  # or the keeper changed its mind
+                given = await handed_over(keeper)
+                if given is not None:
                     async with open_filesystem(client, filesystem_options(config), state_dir, store) as fs:
                         mount = Mount(keeper, request, config, client, fs, store)
-                        await mount.serve(session, fds[0], json.loads(data))
+                        await mount.serve(session, *given)
         nursery.cancel_scope.cancel()
+
+
+async def handed_over(keeper: socket.socket) -> tuple[int, Asked] | None:
+    """The mount's fd, and what the keeper says with it; None: it has changed its mind."""
+    while True:
+        await trio.lowlevel.wait_readable(keeper)
+        data, fds, _, _ = socket.recv_fds(keeper, MESSAGE_BYTES, 1)
+        if not data:
+            return None
+        if fds:
+            return fds[0], json.loads(data)
 
 
 class Mount:
@@ -84,7 +95,6 @@ class Mount:
         self._client = client
         self._fs = fs
         self._store = store
-        self._wire: Wire | None = None
         # Has the answer to `efcfs upgrade` while a new daemon is on its way.
         self._upgrade: trio.MemorySendChannel[str] | None = None
         self._replaced = False
@@ -95,8 +105,8 @@ class Mount:
             self._answering, self._nursery = answering, nursery
             self._listen()
             self._fs.attach(KernelCaches(fuse_fd, nursery))
-            nursery.start_soon(self._obey, fuse_fd)
-            await session.serve(self._fs, fuse_fd, init, first=first, on_ready=self._ready)
+            ready = partial(self._ready, fuse_fd)
+            await session.serve(self._fs, fuse_fd, init, first=first, on_ready=ready)
             if not self._replaced:
                 await finish(self._fs, self._config)
                 self._fs.dirty.remove()
@@ -104,8 +114,8 @@ class Mount:
             nursery.cancel_scope.cancel()
             answering.cancel_scope.deadline = trio.current_time() + control.TIMEOUT_S
 
-    def _ready(self, wire: Wire) -> None:
-        self._wire = wire
+    def _ready(self, fuse_fd: int, wire: Wire) -> None:
+        self._nursery.start_soon(self._obey, fuse_fd, wire)
         say(self._keeper, ready=True)
 
     def _listen(self) -> None:
@@ -141,7 +151,7 @@ class Mount:
             self._upgrade = None
         return {"error": why} if why else {}
 
-    async def _obey(self, fuse_fd: int) -> None:
+    async def _obey(self, fuse_fd: int, wire: Wire) -> None:
         """Do what the keeper says, as long as it is there."""
         drained = False
         while True:
@@ -150,19 +160,18 @@ class Mount:
             if not drained:
                 await trio.lowlevel.wait_readable(self._keeper)
             message = json.loads(self._keeper.recv(MESSAGE_BYTES) or b"{}")
-            assert self._wire is not None
             if "upgraded" in message or (drained and not message):
                 os.nice(19)  # to close all this takes 60 ms, which the new one can use
                 self._replaced = True
                 self._tell_upgrade("")
                 self._fs.leave()
-                self._wire.end()
+                wire.end()
                 return
             if not message:
                 log.error("the keeper of %s is gone: nobody replaces this daemon now", self._config.mountpoint)
                 return
             if "drain" in message:
-                if not await self._wire.drain(DRAIN_S):
+                if not await wire.drain(DRAIN_S):
                     log.info("requests are still under way: another daemon gets them again")
                 with trio.move_on_after(DRAIN_S):
                     await self._fs.writer.pause()
@@ -172,7 +181,7 @@ class Mount:
                 drained = False
                 if message.get("served"):
                     resend(fuse_fd)
-                self._wire.resume()
+                wire.resume()
                 self._fs.writer.resume()
                 self._listen()
                 self._tell_upgrade(str(message["upgrade_failed"]))

@@ -359,8 +359,12 @@ class Pipe:
 class Mount:
     """`efcfs mount` of a server's export at `path`, until the context ends."""
 
-    def __init__(self, server: Ganesha, path: Path, options: str = "", *, port: int | None = None) -> None:
+    def __init__(
+        self, server: Ganesha, path: Path, options: str = "", *, port: int | None = None, python: Path | None = None
+    ) -> None:
+        """python: of another version of efcfs, which mounts."""
         self.path = path
+        self.python = python
         ports = f"port={port or server.port},mountport={server.mount_port}"
         self.options = f"{ports},{options}" if options else ports
         self.source = f"127.0.0.1:{server.export}"
@@ -370,7 +374,7 @@ class Mount:
 
     def __enter__(self) -> "Mount":
         self.path.mkdir(parents=True, exist_ok=True)
-        done = efcfs("mount", "-o", self.options, self.source, str(self.path))
+        done = efcfs("mount", "-o", self.options, self.source, str(self.path), python=self.python)
         assert done.returncode == 0, done.stderr
         self._daemon_pid = self.status()["daemon_pid"]
         return self
@@ -408,10 +412,11 @@ def is_mounted(path: Path) -> bool:
     return any(line.split()[1] == name for line in Path("/proc/self/mounts").read_text().splitlines())
 
 
-def efcfs(*arguments: str) -> subprocess.CompletedProcess[str]:
+def efcfs(*arguments: str, python: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command under test."""
-    command = [sys.executable, "-m", "efcfs.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    command = [str(python or sys.executable), "-m", "efcfs.cli.main", *arguments]
+    directory = "/" if python is not None else None  # or -m finds the version that lies here
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=120)
 
 
 def serve(directory: Path) -> None:

@@ -50,6 +50,45 @@ def test_another_version_takes_over_with_files_open_and_bytes_unwritten(
         assert own.status()["open_handles"] == 0
 
 
+@pytest.mark.parametrize("when", ["before serve", "after serve"])
+def test_a_keeper_and_a_daemon_of_different_versions_ignore_what_the_other_does_not_know(
+    server: Ganesha, export: Path, tmp_path: Path, when: str
+) -> None:
+    """The keeper that mounted stays, whatever comes after it, and its files may be gone by then."""
+    serve = 'daemon.say({"serve": True, "init": init, "first": self.first}, self.fd)'
+    omen = 'daemon.say({"omen": "a comet"})'
+    words = [omen, serve] if when == "before serve" else [serve, omen]
+    theirs = other_version(
+        tmp_path / "theirs", version=("__init__.py", efcfs.__version__, "0.0.1"),
+        key=("keeper/keep.py", '"last_exit": self.last_exit},', '"last_exit": self.last_exit, "omen": "a comet"},'),
+        words=("keeper/keep.py", serve, f"{words[0]}\n        {words[1]}"),
+    )  # fmt: skip
+    ready = "say(self._keeper, ready=True)"
+    news = f'say(self._keeper, news="none")\n        {ready}'
+    ours = other_version(tmp_path / "ours", words=("daemon.py", ready, news))
+    mount = Mount(server, tmp_path / "mnt", python=theirs)
+    mount.daemon_may_die = True
+    with mount:
+        here, before = Place.of(mount, export).here, mount.status()
+        assert before["version"] == "0.0.1"
+        fd = os.open(here / "file", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"theirs ")
+        assert upgrade(mount, "--python", str(ours)) == ""
+        (tmp_path / "theirs").rename(tmp_path / "gone")
+        os.write(fd, b"ours ")
+        os.kill(int(str(mount.status()["daemon_pid"])), signal.SIGKILL)
+        os.write(fd, b"the next one's")
+        after = mount.status()
+        assert (after["version"], after["upgrades"], after["failovers"]) == (efcfs.__version__, 1, 1)
+        assert after["keeper_pid"] == before["keeper_pid"] and after["last_exit"] == "signal SIGKILL"
+        (tmp_path / "gone").rename(tmp_path / "theirs")
+        assert upgrade(mount, "--python", str(theirs)) == ""  # and back
+        assert mount.status()["version"] == "0.0.1"
+        assert os.pread(fd, 100, 0) == b"theirs ours the next one's"
+        os.close(fd)
+        assert (export / "file").read_bytes() == b"theirs ours the next one's"
+
+
 WRITER = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
