@@ -260,7 +260,8 @@ def open_store(config: MountConfig, request: Asked) -> Store | None:
     shared = any(m.uid == os.geteuid() for m in control.mounts())
     first, last_exit = request["init"] is None, str(request["last_exit"])
     # A damaged index takes its reader down, who then must not come back to it.
-    crashed = replaces_dead and last_exit.startswith(("exit code", "signal SIGSEGV", "signal SIGBUS", "signal SIGABRT"))
+    crashes = ("exit code", "internal error", "signal SIGSEGV", "signal SIGBUS", "signal SIGABRT")
+    crashed = replaces_dead and last_exit.startswith(crashes)
     try_s = TRY_ALL_S if crashed else TRY_S
     mem_bytes = config.mem_bytes if config.mem_bytes is not None else min(DEFAULT_MEM_BYTES, memory_bytes() // 20)
     if config.ssd:

@@ -1,4 +1,8 @@
-"""Files that lose their last name while they are open here: renamed to .nfs…, and removed at last close (silly rename).
+"""Files that lose their last name while they are open here live on as .nfs…, until last close (silly rename).
+
+A file that is removed is renamed to that. One that is replaced gets it as a second name first: so its own is never
+missing, and a RENAME of a daemon that died, should the server do it late, cannot make us hide the file that came
+in its place, since a LINK names the file by its handle.
 
 A hidden name is noted in the index (`inodes.py`) before the RENAME is sent, so a daemon that starts later removes
 what this one could not; it is made of the request's number, so a request that comes again finds it. Who opens a file
@@ -9,7 +13,8 @@ for it. What is open is for `opening.py` to know.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
 import trio
 
@@ -24,6 +29,9 @@ from efcfs.vfs.inodes import Inode, Inodes
 from efcfs.vfs.openfile import OpenFile
 
 log = logging.getLogger(__name__)
+
+# Why a server makes no second name.
+NO_LINKS = {nfs3.NFS3ERR_NOTSUPP, nfs3.NFS3ERR_MLINK, nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES}
 
 
 class Hiding:
@@ -74,8 +82,50 @@ class Hiding:
             await self._remove(directory, name, cred)  # closed meanwhile
             self._inodes.unhidden(target.ino)
 
-    async def unhide(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
-        """Give it its name back: what should have taken that was refused."""
+    async def link(
+        self, directory: Inode, old_name: bytes, target: Inode, cred: Credential, request: Request
+    ) -> Callable[[], Awaitable[None]] | None:
+        """An open file whose name another one is about to take gets a second one. Returns what takes that back."""
+        file = target.open_file
+        if file is None:
+            return None  # closed while the caller asked the server
+        name = _hidden_name(target, request)
+        self._inodes.hidden(target.ino, directory.ino, name)
+        asked_at = time.monotonic()
+        try:
+            result = await self._client.link(cred, target.fh, directory.fh, name, again=request.again)
+        except SERVER_ERRORS as error:
+            self._inodes.unhidden(target.ino)
+            if isinstance(error, NfsError) and error.status == nfs3.NFS3ERR_STALE:
+                return None  # it is gone already
+            if isinstance(error, NfsError) and error.status in NO_LINKS | {nfs3.NFS3ERR_EXIST}:
+                await self.hide(directory, old_name, target, cred, request)
+                return partial(self._rename_back, directory, target, old_name, cred)
+            raise
+        self._attributes.update_wcc(directory, result.wcc, asked_at)
+        self._attributes.update(target, result.attr, asked_at, own=True)
+        self._inodes.moved(directory.ino, old_name, directory.ino, name)
+        self._directories.changed(directory, name)
+        if target.open_file is file:
+            file.sillyname = (directory.ino, name)
+            return partial(self._unlink, directory, target, old_name, cred)
+        await self._remove(directory, name, cred)  # closed meanwhile
+        self._inodes.unhidden(target.ino)
+        return None
+
+    async def _unlink(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
+        """What should have taken its name was refused: the second one goes."""
+        file = target.open_file
+        if file is None or file.sillyname is None:
+            return
+        hidden, file.sillyname = file.sillyname[1], None
+        self._inodes.moved(directory.ino, hidden, directory.ino, name)
+        await self._remove(directory, hidden, cred)
+        self._inodes.unhidden(target.ino)
+        self._attributes.expire(target)
+
+    async def _rename_back(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
+        """The same where it has no other name."""
         file = target.open_file
         if file is None or file.sillyname is None:
             return

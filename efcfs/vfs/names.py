@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 
 from efcfs.nfs import nfs3
@@ -22,7 +23,7 @@ from efcfs.vfs.directories import Directories
 from efcfs.vfs.entries import Entries, Entry
 from efcfs.vfs.errors import SERVER_ERRORS
 from efcfs.vfs.handles import Request
-from efcfs.vfs.hiding import Hiding, must_hide
+from efcfs.vfs.hiding import NO_LINKS, Hiding, must_hide
 from efcfs.vfs.inodes import Inode, Inodes
 from efcfs.vfs.opening import Opened, Opening
 
@@ -186,7 +187,14 @@ class Names:
         self._attributes.refuse_immutable(directory)
         target = self._inodes.at(parent, name)
         if target is not None and must_hide(target, request):
-            await self._hiding.hide(directory, name, target, cred, request)
+            try:
+                await self._hiding.hide(directory, name, target, cred, request)
+            except NfsError as error:
+                # The name is gone, and so it was to be: done late, for a daemon that died.
+                if not request.again or error.status != nfs3.NFS3ERR_NOENT:
+                    raise
+                self._inodes.removed(parent, name)
+                self._directories.changed(directory, name)
             return
         asked_at = time.monotonic()
         with self._hiding.removal(target):
@@ -216,7 +224,7 @@ class Names:
         self._attributes.refuse_immutable(old, new)
         if request.again and await self._was_renamed(old, name, new, new_name, cred):
             return
-        hidden: Inode | None = None
+        take_back: Callable[[], Awaitable[None]] | None = None
         replaced: Inode | None = None
         if flags & RENAME_NOREPLACE:
             if await self._rename_to_free_name(old, name, new, new_name, cred, request):
@@ -224,22 +232,21 @@ class Names:
         else:
             replaced = self._inodes.at(new_parent, new_name)
             if replaced is not None:
-                self._attributes.expire(replaced)
                 self._opening.keep_open(replaced, cred)
             if replaced is not None and must_hide(replaced, request):
                 if (await self._client.lookup(cred, old.fh, name)).fh == replaced.fh:
                     return  # both names are the same file: POSIX says do nothing
-                if replaced.open_file is not None:  # still
-                    await self._hiding.hide(new, new_name, replaced, cred, request)
-                    hidden = replaced
+                take_back = await self._hiding.link(new, new_name, replaced, cred, request)
         asked_at = time.monotonic()
         try:
             with self._hiding.removal(replaced):
                 result = await self._client.rename(cred, old.fh, name, new.fh, new_name, again=request.again)
         except SERVER_ERRORS:
-            if hidden is not None:
-                await self._hiding.unhide(new, hidden, new_name, cred)
+            if take_back is not None:
+                await take_back()
             raise
+        if replaced is not None:
+            self._attributes.expire(replaced)
         self._attributes.update_wcc(old, result.from_wcc, asked_at)
         if new is not old:
             self._attributes.update_wcc(new, result.to_wcc, asked_at)
@@ -268,7 +275,7 @@ class Names:
         try:
             linked = await self._client.link(cred, source.fh, new.fh, new_name, again=request.again)
         except NfsError as error:
-            if error.status in (nfs3.NFS3ERR_NOTSUPP, nfs3.NFS3ERR_MLINK, nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES):
+            if error.status in NO_LINKS:
                 return False
             raise
         self._attributes.update_wcc(new, linked.wcc, asked_at)

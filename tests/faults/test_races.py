@@ -4,6 +4,8 @@ import os
 import threading
 from pathlib import Path
 
+import pytest
+
 from tests.place import Place
 
 NAMES = 3000  # more than one getdents(2) returns
@@ -61,3 +63,46 @@ def test_readers_of_a_file_that_is_replaced_by_rename_find_one_of_the_two(place:
         for reader in readers:
             reader.join(60)
     assert wrong == []
+
+
+def test_a_file_that_is_replaced_while_it_is_open_has_a_name_all_the_time(place: Place) -> None:
+    published, missing = place.there / "published", []
+    published.write_bytes(b"0")
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            if not published.exists():
+                missing.append(1)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for number in range(100):
+            with open(place.here / "published", "rb") as held:
+                (place.here / "draft").write_bytes(b"%d" % (number + 1))
+                os.rename(place.here / "draft", place.here / "published")
+                assert held.read() == b"%d" % number
+                assert os.fstat(held.fileno()).st_nlink == 0
+    finally:
+        over.set()
+        looking.join()
+    assert missing == []
+
+
+def test_a_rename_that_is_refused_leaves_the_open_file_its_name_and_no_other(place: Place) -> None:
+    (place.here / "file").write_bytes(b"file")
+    (place.here / "directory").mkdir()
+    with open(place.here / "file", "rb") as held:
+        with pytest.raises(NotADirectoryError):
+            os.rename(place.here / "directory", place.here / "file")
+        with pytest.raises(FileNotFoundError):
+            os.rename(place.here / "gone", place.here / "file")
+        place.there.joinpath("moved").write_bytes(b"moved")
+        assert (place.here / "moved").exists()
+        place.there.joinpath("moved").rename(place.there / "elsewhere")  # by another client: the server refuses
+        with pytest.raises(FileNotFoundError):
+            os.rename(place.here / "moved", place.here / "file")
+        assert sorted(os.listdir(place.there)) == ["directory", "elsewhere", "file"]
+        assert held.read() == b"file" and os.fstat(held.fileno()).st_nlink == 1
+    assert (place.here / "file").read_bytes() == b"file"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bed import Ganesha, Mount
-from tests.place import Place
+from tests.place import Place, wait_until
 
 ALICE, BOB, STAFF = 12345, 12346, 23456
 
@@ -129,3 +129,16 @@ def test_under_root_squash_root_is_nobody(tmp_path_factory: pytest.TempPathFacto
         os.chmod(there, 0o777)
         (here / "new").touch()
         assert os.stat(there / "new").st_uid == 65534
+
+
+def test_who_may_not_link_an_open_file_may_replace_it_by_rename(place: Place) -> None:
+    """Linux refuses hard links to the files of others (fs.protected_hardlinks)."""
+    place.there.chmod(0o777)
+    (place.here / "file").write_bytes(b"of root")
+    with open(place.here / "file", "rb") as held:
+        replace = "open(path + '.new', 'w').write('of bob'); os.rename(path + '.new', path); print('ok')"
+        assert as_user(BOB, replace, place.here / "file") == "ok"
+        assert held.read() == b"of root"
+        assert (place.here / "file").read_bytes() == b"of bob"
+        assert sum(name.startswith(".nfs") for name in os.listdir(place.there)) == 1
+    wait_until(lambda: os.listdir(place.there) == ["file"])  # it was opened within the last second
