@@ -268,7 +268,6 @@ def open_store(config: MountConfig, request: Asked) -> Store | None:
         mem_bytes = max(mem_bytes, MIN_MEM_BYTES)  # what comes from a disk passes through memory
     if not mem_bytes:
         return None
-    disks: list[Tier] = []
     try:
         memory = Tier(
             "mem", control.cache_dir(os.geteuid()), mem_bytes, in_memory=True,
@@ -278,13 +277,10 @@ def open_store(config: MountConfig, request: Asked) -> Store | None:
     except (OSError, Unusable) as error:
         log.error("no cache: %s", error)
         return None
-    for number, (path, capacity_bytes) in enumerate(config.ssd):
-        try:
-            disks.append(Tier(
-                f"ssd{number}", Path(path), capacity_bytes, in_memory=False, keep_capacity=replaces_dead, try_s=try_s,
-            ))  # fmt: skip
-        except (OSError, Unusable) as error:
-            log.error("no cache in %s: %s", path, error)
+    disks = [
+        Tier(f"ssd{number}", Path(path), capacity_bytes, in_memory=False, keep_capacity=replaces_dead, try_s=try_s)
+        for number, (path, capacity_bytes) in enumerate(config.ssd)
+    ]
     return Store(memory, disks, verify_memory=config.verify_memory)
 
 

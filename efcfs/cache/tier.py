@@ -95,7 +95,9 @@ class Counters:
 
 
 class Tier:
-    """An open tier. Raises OSError when the directory cannot be used."""
+    """A tier. One in memory raises OSError or Unusable when its directory cannot be used; a disk is out then."""
+
+    index: Index
 
     def __init__(
         self, name: str, directory: Path, capacity_bytes: int, *, in_memory: bool, keep_capacity: bool = False,
@@ -114,17 +116,26 @@ class Tier:
         # One thread evicts and punches at a time: the one that keeps house, or one that looks for room.
         self._evicting = threading.RLock()
         self._damaged = False
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.capacity_bytes = capacity_bytes
-        self.index = _open_index(directory, durable=not in_memory, try_s=try_s)
-        set_bytes = self.index.totals()[2]
-        if keep_capacity and set_bytes:
-            self.capacity_bytes = set_bytes
-        else:
-            self.set_capacity(capacity_bytes)
+        try:
+            self._open(try_s)
+            set_bytes = self.index.totals()[2]
+            if keep_capacity and set_bytes:
+                self.capacity_bytes = set_bytes
+            else:
+                self.set_capacity(capacity_bytes)
+        except (OSError, lmdb.Error, Unusable) as error:
+            if in_memory:
+                raise
+            self.fail(error)
+
+    def _open(self, try_s: float) -> None:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.index = _open_index(self.directory, durable=not self.in_memory, try_s=try_s)
 
     def close(self) -> None:
-        self.index.close()
+        if hasattr(self, "index"):  # a disk that was out from the beginning has none
+            self.index.close()
 
     # -- how much ----------------------------------------------------------------------------------
 
@@ -488,6 +499,7 @@ class Tier:
             return
         path = self.directory / "probe"
         try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.write_bytes(b"x" * 4096)
             fd = os.open(path, os.O_RDWR)
             try:
@@ -496,11 +508,11 @@ class Tier:
                 os.close(fd)
             path.unlink()
             # What the old one has mapped may be gone: the disk may have been mounted again, or replaced.
-            self.index.close()
+            self.close()
             if self._damaged:
                 _put_aside(self.directory, "index is damaged")
                 self._damaged = False
-            self.index = _open_index(self.directory, durable=not self.in_memory, try_s=TRY_S)
+            self._open(TRY_S)
             self.set_capacity(self.capacity_bytes)
         except (OSError, lmdb.Error, Unusable) as error:
             log.debug("%s cache: still out: %s", self.name, error)

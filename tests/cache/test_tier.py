@@ -134,3 +134,20 @@ def test_what_was_warmed_up_outlives_what_was_read_often_before(tmp_path: Path) 
             assert tier.evict()
     assert all(tier.index.has_file(key) for key in warmed)
     tier.close()
+
+
+def test_a_disk_that_cannot_be_used_at_first_is_taken_in_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("efcfs.cache.tier.PROBE_S", 0.0)
+    (tmp_path / "ssd").write_bytes(b"not a directory")
+    tier = Tier("ssd0", tmp_path / "ssd", 16 * MIB, in_memory=False)
+    tier.probe()
+    assert not tier.usable() and tier.totals() == (0, 0, 16 * MIB)
+    tier.close()
+    (tmp_path / "ssd").unlink()
+    tier.probe()
+    assert tier.usable() and tier.totals() == (0, 0, 16 * MIB)
+    fill(tier, bytes(16), bytes(EXTENT_BYTES))
+    assert tier.totals()[0] == EXTENT_BYTES
+    tier.close()
