@@ -285,11 +285,14 @@ class Index:
         """Open or make it. durable: it must survive a crash of the machine in one piece. Raises Unusable, OSError."""
         path = directory / "index.lmdb"
         path.mkdir(mode=0o700, exist_ok=True)
+        self._file = path / "data.mdb"
         try:
             self.env = lmdb.open(
                 str(path), map_size=MAP_BYTES, max_dbs=8, mode=0o600, max_readers=1024,
                 sync=durable, metasync=False,
             )  # fmt: skip  # no writemap: on a full file system it ends in SIGBUS instead of an error
+            status = os.stat(self._file)
+            self._identity = (status.st_dev, status.st_ino)
             info = self.env.info()
             if (info["last_pgno"] + 1) * self.env.stat()["psize"] > os.path.getsize(path / "data.mdb"):
                 raise Unusable("index is truncated")
@@ -392,6 +395,14 @@ class Index:
                         break
         with self.env.begin(write=True, db=self.meta) as txn:
             txn.put(b"tried", _U64.pack(int(time.time())))
+
+    def is_current(self) -> bool:
+        """Whether it is still the one in its directory: it may have been deleted, or put aside by another process."""
+        try:
+            status = os.stat(self._file)
+        except FileNotFoundError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
 
     def last_change(self) -> int:
         return int(self.env.info()["last_txnid"])

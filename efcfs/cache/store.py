@@ -451,7 +451,7 @@ class Store:
         for tier in self.tiers:
             try:
                 tier.probe()
-                if not tier.usable():
+                if not (tier.usable() and tier.has_its_index()):
                     continue
                 tier.note_touches()
                 pressure = tier.pressure()

@@ -229,8 +229,17 @@ class Tier:
         paths = (self.directory / self.index.data).glob("*/*")
         self._unlink_empty(bytes.fromhex(path.parent.name + path.name) for path in paths)
 
+    def has_its_index(self) -> bool:
+        """False, and out, when the directory has another index now: those who share the one must share the other."""
+        if self.index.is_current():
+            return True
+        self.fail(Unusable("its index was deleted or replaced"))
+        return False
+
     def remove_strangers(self) -> None:
         """Remove files of which no index tells, and old indexes that were put aside. Blocks."""
+        if not self.has_its_index():
+            return  # the strangers would be all that the present one tells of
         aside = sorted(self.directory.glob("index.bad-[0-9]*"))
         names = self.directory.glob("data-" + "[0-9a-f]" * 8)  # never what a user may have there
         strangers = [path for path in names if path.name != self.index.data]

@@ -151,3 +151,19 @@ def test_a_disk_that_cannot_be_used_at_first_is_taken_in_later(
     fill(tier, bytes(16), bytes(EXTENT_BYTES))
     assert tier.totals()[0] == EXTENT_BYTES
     tier.close()
+
+
+def test_who_has_an_index_that_was_replaced_takes_the_present_one_and_leaves_its_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("efcfs.cache.tier.PROBE_S", 0.0)
+    old = Tier("mem", tmp_path, 16 * MIB, in_memory=True)
+    os.rename(tmp_path / "index.lmdb", tmp_path / "index.bad-1")
+    new = Tier("mem", tmp_path, 16 * MIB, in_memory=True)
+    fill(new, bytes(16), b"x" * CHUNK_BYTES)
+    old.remove_strangers()
+    assert not old.usable() and new.verified(bytes(16), CHUNK_BYTES) == {0: 1}
+    new.close()  # LMDB opens no index twice in one process
+    old.probe()
+    assert old.usable() and old.verified(bytes(16), CHUNK_BYTES) == {0: 1}
+    old.close()
