@@ -327,7 +327,8 @@ def test_an_index_deleted_under_a_mount_does_no_harm_to_the_next(
             assert read(two.mount.path / export.name / "data") == data
             # Each has an index of its own now, until the one notices that its own is not the present one.
             assert read(one.mount.path / export.name / "data") == data
-            wait_until(lambda: one.tier("mem")["state"] == "up" and one.tier("mem")["items"] == two.tier("mem")["items"], 30)
+            there = two.tier("mem")["items"]
+            wait_until(lambda: one.tier("mem")["state"] == "up" and one.tier("mem")["items"] == there, 30)
             before = one.fetched()
             assert read(one.mount.path / export.name / "data") == data
             assert one.fetched() - before < MIB
