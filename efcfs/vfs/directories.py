@@ -267,12 +267,12 @@ class Listing:
             async with limit:
                 try:
                     found = await self._client.lookup(self._cred, self.inode.fh, entry.name)
+                    attr = found.attr
+                    if attr is None and found.fh is not None:
+                        attr = await self._client.getattr(self._cred, found.fh)
                 except NfsError as error:
                     log.debug("listing: %s", error)
                     return
-                attr = found.attr
-                if attr is None and found.fh is not None:
-                    attr = await self._client.getattr(self._cred, found.fh)
                 completed[i] = entry._replace(fh=found.fh, attr=attr)
 
         async with open_nursery() as nursery:
