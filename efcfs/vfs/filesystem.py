@@ -153,10 +153,9 @@ class FileSystem:
         self.attributes.refuse_immutable(inode)
         file = inode.open_file
         if file is not None and file.extents:
-            if size_bytes is not None:
-                await self.writer.sync(file)  # or an old extent sent again would undo the truncation
-            else:
-                await self.writer.flush(file)
+            # Or an extent that is sent again, by the next daemon or to the next server, would undo the truncation or
+            # the times.
+            await self.writer.sync(file)
         if size_bytes is not None:
             self._check_end(size_bytes)
         # NFSv3 has no times before 1970.

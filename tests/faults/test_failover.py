@@ -279,6 +279,18 @@ def test_what_was_written_is_read_by_the_next_daemon_though_older_bytes_are_cach
     os.close(fd)
 
 
+def test_times_that_were_set_after_a_write_stay_when_the_daemon_dies(own: Mount, export: Path) -> None:
+    path, day_ns = Place.of(own, export).here / "file", 86_400 * 10**9
+    pid = int(str(own.status()["daemon_pid"]))
+    with open(path, "wb", buffering=0) as file:
+        for offset in range(0, 40_000_000, 10_000_000):
+            os.pwrite(file.fileno(), b"x" * 100_000, offset)
+        os.utime(path, ns=(day_ns, day_ns))
+        os.kill(pid, signal.SIGKILL)
+        os.fsync(file.fileno())
+        assert (export / "file").stat().st_mtime_ns == path.stat().st_mtime_ns == day_ns
+
+
 def test_an_open_file_is_read_by_the_next_daemon_as_it_was_when_it_was_opened(own: Mount, export: Path) -> None:
     here = Place.of(own, export).here
     (export / "file").write_bytes(b"old!" * 65_536)
