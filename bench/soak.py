@@ -61,7 +61,10 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
-    plan = Plan(asked.kills, asked.upgrades, asked.server, asked.programs, asked.seed, quiet_s=QUIET_S)
+    plan = Plan(
+        kills=asked.kills, upgrades=asked.upgrades, restart_server=asked.server, programs=asked.programs,
+        seed=asked.seed, quiet_s=QUIET_S,
+    )  # fmt: skip
     began_s = time.monotonic()
 
     def tell(line: str) -> None:
