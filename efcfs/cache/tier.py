@@ -238,11 +238,15 @@ class Tier:
 
     def remove_strangers(self) -> None:
         """Remove files of which no index tells, and old indexes that were put aside. Blocks."""
-        if not self.has_its_index():
-            return  # the strangers would be all that the present one tells of
-        aside = sorted(self.directory.glob("index.bad-[0-9]*"))
-        names = self.directory.glob("data-" + "[0-9a-f]" * 8)  # never what a user may have there
-        strangers = [path for path in names if path.name != self.index.data]
+        try:
+            if not self.has_its_index():
+                return  # the strangers would be all that the present one tells of
+            aside = sorted(self.directory.glob("index.bad-[0-9]*"))
+            names = self.directory.glob("data-" + "[0-9a-f]" * 8)  # never what a user may have there
+            strangers = [path for path in names if path.name != self.index.data]
+        except OSError as error:
+            self.trouble(error)
+            return
         for path in [*aside[:-MAX_ASIDE], *strangers]:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -189,12 +189,17 @@ def test_an_evicted_extent_is_punched_only_when_no_reader_looks_at_it(tmp_path: 
         tier.close()
 
 
-def test_an_index_of_another_version_is_unusable(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "why"), [(b"format", b"efcfs cache 99", "another kind"), (b"data", b"../elsewhere", "damaged")]
+)
+def test_an_index_of_another_version_or_with_files_elsewhere_is_unusable(
+    tmp_path: Path, key: bytes, value: bytes, why: str
+) -> None:
     index = Index(tmp_path, durable=True)
     with index.env.begin(write=True, db=index.meta) as txn:
-        txn.put(b"format", b"efcfs cache 99")
+        txn.put(key, value)
     index.close()
-    with pytest.raises(Unusable, match="another kind"):
+    with pytest.raises(Unusable, match=why):
         Index(tmp_path, durable=True)
 
 
@@ -233,12 +238,3 @@ def test_records_that_cannot_be_are_damage_as_lmdb_would_find_it(
         change.reserve(KEYS[1], 0)
     with index.env.begin(write=True):  # no transaction is left open
         pass
-
-
-def test_an_index_that_names_files_elsewhere_is_unusable(tmp_path: Path) -> None:
-    index = Index(tmp_path, durable=True)
-    with index.env.begin(write=True, db=index.meta) as txn:
-        txn.put(b"data", b"../elsewhere")
-    index.close()
-    with pytest.raises(Unusable, match="damaged"):
-        Index(tmp_path, durable=True)

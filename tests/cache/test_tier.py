@@ -167,3 +167,12 @@ def test_who_has_an_index_that_was_replaced_takes_the_present_one_and_leaves_its
     old.probe()
     assert old.usable() and old.verified(bytes(16), CHUNK_BYTES) == {0: 1}
     old.close()
+
+
+def test_a_disk_that_fails_while_strangers_are_looked_for_is_taken_out(tmp_path: Path) -> None:
+    tier = Tier("ssd0", tmp_path / "ssd", 16 * MIB, in_memory=False)
+    os.rename(tmp_path / "ssd", tmp_path / "away")
+    (tmp_path / "ssd").write_bytes(b"not a directory")
+    tier.remove_strangers()
+    assert not tier.usable()
+    tier.close()

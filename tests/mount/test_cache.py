@@ -343,7 +343,7 @@ def test_files_of_which_no_index_tells_are_removed(server: Ganesha, export: Path
     for _ in range(2):
         with Watched(server, tmp_path / "mnt", f"mem=16m,ssd={ssd}:1g") as watched:
             read_until_on_disk(watched, watched.mount.path / export.name / "data", data, 20 * MIB)
-            wait_until(lambda: len(list(ssd.glob("data*"))) == 2)
+            wait_until(lambda: len(list(ssd.glob("data*"))) == 2, 20)
         shutil.rmtree(ssd / "index.lmdb")
         assert all(path.stat().st_mode & 0o077 == 0 for path in ssd.glob("data-*"))
     assert (ssd / "data").is_dir()
