@@ -2,7 +2,8 @@
 
 A turn through libfuse takes two more system calls each way, pyfuse3's workers and two turns of trio's loop: some
 80 µs, of which a file that is created, written and closed has four. What needs no waiting is answered at once, within
-the call that read the request; what does gets a task. The structs are those of <linux/fuse.h>, protocol 7.36 and later.
+the call that read the request; what waits for a call to the server, without a task. The structs are those of
+<linux/fuse.h>, protocol 7.36 and later.
 
 Nothing is decided here; errors become errnos in `told`, here and in `operations.py`.
 """
@@ -82,7 +83,7 @@ Later = Callable[[Asked, bytes], Awaitable[bytes]]
 
 
 class Served(NamedTuple):
-    """How one kind of request is served. `at_once` makes no task ready to run."""
+    """How one kind of request is served; `later` in a light coroutine (`nfs/light.py`)."""
 
     at_once: AtOnce | None
     later: Later

@@ -207,6 +207,15 @@ class Operations(pyfuse3.Operations):
 
     # -- past libfuse (`wire.Files`) ---------------------------------------------------------------
 
+    def attend(self) -> int:
+        return self._fs.client.attend()
+
+    def arrived(self) -> None:
+        self._fs.client.arrived()
+
+    def leave(self) -> None:
+        self._fs.client.leave()
+
     def buffer(self) -> memoryview:
         return self._fs.dirty.buffer()
 

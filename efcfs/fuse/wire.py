@@ -4,8 +4,9 @@ READ, WRITE, FORGET and what `direct.py` has are served here; all else goes on t
 it takes for /dev/fuse, and its answers come back that way. There are four reasons:
 
 * Speed. A turn of trio's loop and pyfuse3's workers take some 25 µs, a third of a 64 KiB read. So requests are read in
-  `before_io_wait`, where trio is about to sleep: we sleep in its place, waiting for the kernel and for
-  trio's own epoll at once, and what memory can answer is answered without waking trio at all.
+  `before_io_wait`, where trio is about to sleep: we sleep in its place, waiting for the kernel, for the server's
+  answers and for trio's own epoll at once. What memory can answer, and what takes a call to the server or two
+  (`nfs/light.py`), is answered without waking trio at all.
 * No copy. What a program writes stays in the buffer into which the kernel put it, which is the dirty log's.
 * Node ids. Once an open(2) was answered ENOSYS, as on immutable mounts, READs carry no handle, and pyfuse3 passes
   `read` nothing else. (Open, read, close of 10,000 files in the page cache: 5.5 x tmpfs with OPEN and RELEASE, 0.9 x
@@ -30,6 +31,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from efcfs.fuse.direct import Asked, Later, Served, told
+from efcfs.nfs.light import Light
 from efcfs.nfs.nursery import open_nursery
 from efcfs.vfs.writer import Taken
 
@@ -58,7 +60,7 @@ _PID_AT = 32
 _TOKENS = 1 << 30
 SOCKET_BYTES = 32 * 1024 * 1024
 SO_SNDBUFFORCE = 32
-# While tasks are ready to run, they wait for no more requests than these.
+# Tasks that are ready to run, and the server's answers, wait for no more requests than these.
 IN_A_ROW = 16
 
 
@@ -73,6 +75,14 @@ class Caller(NamedTuple):
 class Files(Protocol):
     """Who serves READ, WRITE and FORGET. All may raise FUSEError. `fh` is 0 for files that were not opened."""
 
+    def attend(self) -> int:
+        """From now on `arrived` is called whenever this file is readable, until `leave` is."""
+
+    def arrived(self) -> None:
+        """Take the server's answers."""
+
+    def leave(self) -> None: ...
+
     served: dict[int, Served]
     """Other kinds of requests, by opcode."""
 
@@ -80,7 +90,7 @@ class Files(Protocol):
         """Where the next request goes, good until the next await: if it is a WRITE, its bytes may stay there."""
 
     def read_at_once(self, fh: int, ino: int, offset: int, size_bytes: int) -> memoryview | bytes | None:
-        """The bytes if memory has them. Makes no task ready to run."""
+        """The bytes if memory has them."""
 
     async def read_later(
         self, fh: int, ino: int, offset: int, size_bytes: int, caller: Caller
@@ -131,6 +141,7 @@ class Wire(trio.abc.Instrument):
         libfuse.setblocking(False)
         self._fuse_fd = fuse_fd
         self._libfuse = libfuse
+        self._libfuse_fd = libfuse.fileno()
         self._listed_bytes = listed_bytes
         self._files = files
         self._token = trio.lowlevel.current_trio_token()
@@ -146,10 +157,15 @@ class Wire(trio.abc.Instrument):
         self._drained = trio.Event()
         self.replaced = False
         self._serving = serving
-        self._loop_fd = _epoll_fd()
+        # Requests that wait for a call.
+        self._lights: set[Light] = set()
+        self._tasks_are_ready = False
+        self._arrivals_fd = files.attend()
+        self._loop_fd = _epoll_fd(self._arrivals_fd)
         # Not poll(2), which asks all three before and after it sleeps: 4 KiB writes go 10 % faster.
         self._poll = select.epoll()
         self._poll.register(self._loop_fd, select.EPOLLIN)
+        self._poll.register(self._arrivals_fd, select.EPOLLIN)
         self._poll.register(libfuse, select.EPOLLIN)
         self._poll.register(fuse_fd, select.EPOLLIN)
 
@@ -162,6 +178,10 @@ class Wire(trio.abc.Instrument):
             finally:
                 if self._error is None:
                     trio.lowlevel.remove_instrument(self)
+                self._poll.close()
+                self._files.leave()
+                for light in self._lights:
+                    light.become_task()  # and be cancelled as one
                 self._nursery.cancel_scope.cancel()
             if self._error is not None:
                 raise self._error
@@ -198,8 +218,13 @@ class Wire(trio.abc.Instrument):
         self.replaced = True
         self._serving.cancel()
 
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        """Called by trio when a task becomes ready to run."""
+        self._tasks_are_ready = True
+
     def before_io_wait(self, timeout: float) -> None:
         """Called by trio when it has run all tasks that were ready; 0 seconds: others are ready by now."""
+        self._tasks_are_ready = timeout <= 0
         try:
             if not self._ended.is_set() and not self._serve(timeout) and timeout > 0:
                 self._wake()
@@ -216,38 +241,39 @@ class Wire(trio.abc.Instrument):
     def _serve(self, timeout: float) -> bool:
         """Serve requests while trio has nothing to do. True: its epoll has events, so that it will not sleep."""
         ends = time.monotonic() + timeout
-        in_a_row = 0
-        while True:
-            ready = self._poll.poll(timeout)
-            for fd, event in ready:
-                if fd == self._fuse_fd:
-                    idle = self._take()
-                elif fd != self._loop_fd:
-                    idle = self._answers(event)
-                else:
+        turns = 0
+        while not self._ended.is_set():
+            timeout = 0.0 if self._tasks_are_ready else max(0.0, ends - time.monotonic())
+            ready = dict(self._poll.poll(timeout))
+            turns += 1
+            # The kernel's requests first: most are short, and another one may wait for each (for the lock of a
+            # directory, say). 8 clients create files 20 % faster than with whatever comes first.
+            if self._fuse_fd in ready:
+                self._take()
+                if turns % IN_A_ROW:
                     continue
-                if not idle:
-                    timeout = 0.0
-            if any(fd == self._loop_fd for fd, _ in ready):
+            if self._arrivals_fd in ready:
+                self._files.arrived()
+            if self._libfuse_fd in ready:
+                self._answers(ready[self._libfuse_fd])
+            if self._loop_fd in ready:
                 return True
-            in_a_row += 1
-            if not ready or self._ended.is_set() or (in_a_row >= IN_A_ROW and not timeout):
-                return False
-            if timeout:
-                timeout = max(0.0, ends - time.monotonic())
+            if not ready or (not timeout and turns >= IN_A_ROW):
+                return False  # for tasks that are ready, or whose time has come
+        return False
 
-    def _take(self) -> bool:
-        """Read a request and serve it or pass it on. False: there may be tasks to run now."""
+    def _take(self) -> None:
+        """Read a request and serve it or pass it on."""
         try:
             buffer = self._files.buffer()
             request = buffer[: os.readv(self._fuse_fd, (buffer,))]
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ENOENT, errno.EINTR):
-                return True  # who asked was interrupted before we had it
+                return  # who asked was interrupted before we had it
             if error.errno != errno.ENODEV:
                 raise
             self._ended.set()
-            return False
+            return
         _, opcode, unique, ino, uid, gid, pid = _IN.unpack_from(request)
         if opcode == FUSE_READ:
             fh, offset, size_bytes = _RANGE.unpack_from(request, _IN.size)
@@ -255,10 +281,10 @@ class Wire(trio.abc.Instrument):
                 there = self._files.read_at_once(fh, ino, offset, size_bytes)
             except FUSEError as error:
                 self._refuse(unique, error)
-                return True
+                return
             if there is not None:
                 self._tell((_OUT.pack(_OUT.size + len(there), 0, unique), there))
-                return True
+                return
             self._under_way += 1
             self._nursery.start_soon(self._read, unique, fh, ino, offset, size_bytes, Caller(uid, gid, pid))
         elif opcode == FUSE_WRITE:
@@ -268,10 +294,10 @@ class Wire(trio.abc.Instrument):
                 taken = self._files.write_at_once(fh, offset, data)
             except FUSEError as error:
                 self._refuse(unique, error)
-                return False
-            if taken is Taken.ANSWER or taken is Taken.TASKS_STARTED:
+                return
+            if taken is Taken.ANSWER:
                 self._tell((_WROTE.pack(_WROTE.size, 0, unique, size_bytes),))
-                return taken is Taken.ANSWER
+                return
             self._under_way += 1
             if taken is None:
                 wait = partial(self._files.write_later, fh, offset, memoryview(bytes(data)))
@@ -279,7 +305,7 @@ class Wire(trio.abc.Instrument):
                 wait = partial(self._files.taken, fh)
             self._nursery.start_soon(self._write, unique, size_bytes, wait)
         elif opcode in self._files.served:
-            return self._serve_one(self._files.served[opcode], _asked(request), request[_IN.size :])
+            self._serve_one(self._files.served[opcode], _asked(request), request[_IN.size :])
         elif opcode == FUSE_FORGET:
             self._files.forgotten([(ino, _LOOKUPS.unpack_from(request, _IN.size)[0])])
         elif opcode == FUSE_BATCH_FORGET:
@@ -292,23 +318,22 @@ class Wire(trio.abc.Instrument):
             self._with_libfuse[token] = _asked(request)
             _TOKEN.pack_into(request, _PID_AT, token)
             self._pass_on(request)
-            return True  # libfuse's socket has an event for trio now
-        return False
 
-    def _serve_one(self, served: Served, asked: Asked, body: memoryview) -> bool:
+    def _serve_one(self, served: Served, asked: Asked, body: memoryview) -> None:
         try:
             answer = served.at_once(asked, body) if served.at_once is not None else None
         except Exception as error:
             self._refuse(asked.unique, told("request", error))
-            return True
+            return
         if answer is not None:
             self._tell((_OUT.pack(_OUT.size + len(answer), 0, asked.unique), answer))
-            return True
+            return
         self._under_way += 1
-        self._nursery.start_soon(self._later, served.later, asked, bytes(body))
-        return False
+        light = Light(self._nursery)
+        self._lights.add(light)
+        light.run(self._later(light, served.later, asked, bytes(body)))
 
-    async def _later(self, later: Later, asked: Asked, body: bytes) -> None:
+    async def _later(self, light: Light, later: Later, asked: Asked, body: bytes) -> None:
         try:
             answer = await later(asked, body)
         except Exception as error:
@@ -316,6 +341,7 @@ class Wire(trio.abc.Instrument):
         else:
             self._tell((_OUT.pack(_OUT.size + len(answer), 0, asked.unique), answer))
         finally:
+            self._lights.discard(light)
             self._under_way -= 1
             self._note_drained()
 
@@ -334,7 +360,7 @@ class Wire(trio.abc.Instrument):
                 self._poll.register(self._fuse_fd, select.EPOLLIN)
             self._poll.modify(self._libfuse, select.EPOLLIN)
 
-    def _answers(self, event: int) -> bool:
+    def _answers(self, event: int) -> None:
         """Carry libfuse's answers to the kernel: all that are there, so that none is older than a turn of the loop."""
         if event & select.EPOLLIN:
             while self._with_libfuse:
@@ -348,7 +374,6 @@ class Wire(trio.abc.Instrument):
             self._note_drained()
         if event & select.EPOLLOUT and self._held is not None:
             self._pass_on(self._held)
-        return self._taking
 
     async def _read(self, unique: int, fh: int, ino: int, offset: int, size_bytes: int, caller: Caller) -> None:
         try:
@@ -393,8 +418,8 @@ def _token(unique: int) -> int:
     return unique // 2 % _TOKENS
 
 
-def _epoll_fd() -> int:
-    """What trio sleeps in: the only epoll of this process. There is no public name for it, but the kernel tells."""
+def _epoll_fd(other: int) -> int:
+    """What trio sleeps in: the only other epoll of this process. It has no public name, but the kernel tells."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -402,7 +427,7 @@ def _epoll_fd() -> int:
                 found.append(int(name))
         except FileNotFoundError:
             continue  # listdir's own
-    (fd,) = found
+    (fd,) = set(found) - {other}
     return fd
 
 

@@ -19,6 +19,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import trio
 
 from efcfs.nfs import mount3, nfs3, portmap2
+from efcfs.nfs.light import in_task
 from efcfs.nfs.link import Call, CallFailed, Decoder, Link, LinkClosed, Payload, call_once, open_link
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.pool import Pool
@@ -157,6 +158,18 @@ class Client:
             }
             for place in self._pool.places
         ]
+
+    # -- who waits for the answers -------------------------------------------------------------------
+
+    def attend(self) -> int:
+        """As in `Pool`, with `arrived` for `receive`."""
+        return self._pool.attend()
+
+    def arrived(self) -> None:
+        self._pool.receive()
+
+    def leave(self) -> None:
+        self._pool.leave()
 
     # -- the procedures ----------------------------------------------------------------------------
 
@@ -327,6 +340,7 @@ class Client:
             result: R = await self._pool.wait(call)  # type: ignore[assignment]  # what procedure.decode returns
             if result.status != nfs3.NFS3ERR_JUKEBOX:
                 return result, again or call.transmissions > 1
+            await in_task()
             await trio.sleep(delay_s)
             delay_s = min(delay_s * 2, JUKEBOX_MAX_S)
 

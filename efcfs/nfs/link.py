@@ -19,6 +19,7 @@ import outcome
 import trio
 
 from efcfs.nfs import nfs3
+from efcfs.nfs.light import Light, is_light, wait_for
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import LAST_FRAGMENT, Receiver, Record, RpcRefused, Sink, decode_reply, reply_xid
 from efcfs.nfs.xdr import ProtocolError
@@ -94,6 +95,7 @@ class Call:
         "bad_replies",
         "decode",
         "description",
+        "forget",
         "impatient",
         "sent_at",
         "sink",
@@ -101,6 +103,7 @@ class Call:
         "started_at",
         "task",
         "transmissions",
+        "waiter",
         "wire",
         "xid",
     )  # fmt: skip
@@ -123,17 +126,23 @@ class Call:
         self.impatient = False
         # What the call moves in either direction; the pool balances by this.
         self.size_bytes = payload_bytes + (len(sink) if sink is not None else 0)
+        # Who waits for the result, if somebody does; `forget` is called when the wait is cancelled.
         self.task: trio.lowlevel.Task | None = None
+        self.waiter: Light | None = None
+        self.forget: Callable[[Call], None] = _ignore
         self.started_at = self.sent_at = trio.current_time()
         self.transmissions = 0
         self.bad_replies = 0
 
     async def result(self, forget: Callable[["Call"], None]) -> object:
         """Wait for the result; `forget` is called when the wait is cancelled."""
+        self.forget = forget
+        return await (wait_for(self) if is_light() else self.in_task())
 
+    async def in_task(self) -> object:
         def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
             self.task = None
-            forget(self)
+            self.forget(self)
             return trio.lowlevel.Abort.SUCCEEDED
 
         self.task = trio.lowlevel.current_task()
@@ -149,18 +158,27 @@ class Call:
         if self.task is not None:
             task, self.task = self.task, None
             trio.lowlevel.reschedule(task, outcome.Value(result))
+        elif self.waiter is not None:
+            waiter, self.waiter = self.waiter, None
+            waiter.finish(result)
 
     def fail(self, error: Exception) -> None:
         if self.task is not None:
             task, self.task = self.task, None
             trio.lowlevel.reschedule(task, outcome.Error(error))
+        elif self.waiter is not None:
+            waiter, self.waiter = self.waiter, None
+            waiter.fail(error)
 
 
 class Link:
-    """A connected TCP link. `calls` are those sent (or queued to be sent) and not yet answered."""
+    """A connected TCP link. `calls` are those sent (or queued to be sent) and not yet answered.
 
-    __slots__ = ("_outgoing", "_receiver", "_sinks", "_wake", "address", "calls", "in_flight_bytes",
-                 "received_at", "sock")  # fmt: skip
+    While it runs, somebody must call `receive` whenever the socket is readable.
+    """
+
+    __slots__ = ("_broken", "_low_water_bytes", "_outgoing", "_receiver", "_sinks", "_wake", "address", "calls",
+                 "error", "in_flight_bytes", "received_at", "sock")  # fmt: skip
 
     def __init__(self, sock: socket.socket, address: str) -> None:
         self.sock = sock
@@ -172,6 +190,10 @@ class Link:
         self._outgoing: deque[memoryview | FilePart] = deque()
         self._wake = trio.Event()
         self._sinks = 0
+        self._low_water_bytes = 1
+        # What ended it.
+        self.error: Exception | None = None
+        self._broken = trio.Event()
 
     def send(self, call: Call) -> None:
         """Send now what the socket takes; the rest follows from `run`. Never blocks, never raises."""
@@ -210,10 +232,18 @@ class Link:
         self.forget(call)
 
     async def run(self) -> None:
-        """Send and receive until the link breaks. Raises OSError, LinkClosed or ProtocolError."""
+        """Send until the link breaks. Raises OSError, LinkClosed or ProtocolError."""
         async with open_nursery() as nursery:
             nursery.start_soon(self._transmit)
-            await self._receive()
+            await self._broken.wait()
+            assert self.error is not None
+            raise self.error
+
+    async def listen(self) -> None:
+        """Receive, until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self.sock)
+            self.receive()
 
     def close(self) -> None:
         trio.lowlevel.notify_closing(self.sock)
@@ -287,27 +317,38 @@ class Link:
                     sent -= _length(first)
             self._wake = trio.Event()
 
-    async def _receive(self) -> None:
+    def receive(self) -> None:
+        """Take what has come, and give the replies to who waits for them. What breaks the link is `error` then."""
         receiver = self._receiver
-        low_water = 1
-        while True:
-            # Wake up for half a payload rather than for each segment of it.
-            wanted = min(max(1, receiver.certain_bytes), MAX_LOW_WATER_BYTES)
-            if wanted != low_water:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
-                low_water = wanted
-            await trio.lowlevel.wait_readable(self.sock)
-            # A few receives per turn of the loop: fewer wake-ups, yet other links get their turn.
-            for _ in range(8):
-                try:
-                    n = self.sock.recv_into(receiver.buffer())
-                except BlockingIOError:
-                    break
+        # A few at a time: other links get their turn.
+        for _ in range(8):
+            if self.error is not None:
+                return
+            try:
+                target = receiver.buffer()
+                n = self.sock.recv_into(target)
                 if n == 0:
                     raise LinkClosed("connection closed by the server")
-                self.received_at = trio.current_time()
-                for record in receiver.received(n):
-                    self._deliver(record)
+                records = receiver.received(n)
+            except BlockingIOError:
+                break
+            except (OSError, LinkClosed, ProtocolError) as error:
+                self._break(error)
+                return
+            self.received_at = trio.current_time()
+            for record in records:
+                self._deliver(record)
+            if n < len(target):
+                break  # that was all
+        # Be woken for half a payload rather than for each segment of it.
+        wanted_bytes = min(max(1, receiver.certain_bytes), MAX_LOW_WATER_BYTES)
+        if wanted_bytes != self._low_water_bytes:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted_bytes)
+            self._low_water_bytes = wanted_bytes
+
+    def _break(self, error: Exception) -> None:
+        self.error = error
+        self._broken.set()
 
     def _sink_for(self, head: memoryview) -> Sink | None:
         call = self.calls.get(reply_xid(head))
@@ -326,6 +367,7 @@ class Link:
 
     def _deliver(self, record: Record) -> None:
         body = memoryview(record.body)
+        # `_sink_for` has seen that it is a reply.
         call = self.calls.get(reply_xid(body))
         if call is None:
             return  # a duplicate: the call was answered elsewhere or given up
@@ -338,15 +380,19 @@ class Link:
         except RpcRefused as refused:
             self.forget(call)
             call.fail(refused)
-            return
         except ProtocolError as error:
+            self._break(error)
             call.bad_replies += 1
             if call.bad_replies >= MAX_BAD_REPLIES:
                 self.forget(call)
                 call.fail(CallFailed(f"{call.description}: {error}"))
-            raise
-        self.forget(call)
-        call.finish(result)
+        else:
+            self.forget(call)
+            call.finish(result)
+
+
+def _ignore(_: Call) -> None:
+    pass
 
 
 def _length(buffer: Payload) -> int:
@@ -362,6 +408,7 @@ async def call_once(link: Link, call: Call) -> object:
     result: object = None
     async with open_nursery() as nursery:
         nursery.start_soon(link.run)
+        nursery.start_soon(link.listen)
         link.send(call)
         result = await call.result(link.forget)
         nursery.cancel_scope.cancel()

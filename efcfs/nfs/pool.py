@@ -8,9 +8,11 @@ With no link up, calls wait: for ever (hard) or until timeo x retrans (soft).
 The pool moves calls; it does not know what is in them.
 """
 
+import contextlib
 import itertools
 import logging
 import random
+import select
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -87,6 +89,12 @@ class Pool:
         # When it was noticed, and when a ping was answered last.
         self._away_at = self._pinged_at = float("-inf")
         self._pinging = False
+        # The links' sockets, and who receives from them: `run`, or somebody who waits for more than that (`attend`).
+        self._arrivals = select.epoll()
+        self._links: dict[int, Link] = {}
+        self._unattended = trio.Event()
+        self._unattended.set()
+        self._listening = trio.CancelScope()
 
     @property
     def away(self) -> bool:
@@ -111,11 +119,45 @@ class Pool:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the links up until cancelled."""
-        async with trio.open_nursery() as nursery:
-            for place in self.places:
-                nursery.start_soon(self._keep, place)
-            nursery.start_soon(self._watch, nursery)
-            task_status.started()
+        with contextlib.closing(self._arrivals):
+            async with trio.open_nursery() as nursery:
+                for place in self.places:
+                    nursery.start_soon(self._keep, place)
+                nursery.start_soon(self._watch, nursery)
+                nursery.start_soon(self._listen)
+                task_status.started()
+
+    # -- receiving -----------------------------------------------------------------------------------
+
+    def attend(self) -> int:
+        """From now on the caller calls `receive` whenever this file is readable: without a turn of trio's loop."""
+        self._unattended = trio.Event()
+        self._listening.cancel()
+        return self._arrivals.fileno()
+
+    def leave(self) -> None:
+        """The caller of `attend` does so no more."""
+        self._unattended.set()
+
+    def receive(self) -> None:
+        """Take what has come on all links, metadata first: others wait for it. Never blocks."""
+        ready = [self._links[number] for number, _ in self._arrivals.poll(0)]
+        for link in sorted(ready, key=lambda link: link.in_flight_bytes):
+            link.receive()
+            if link.error is not None:
+                self._ignore(link)
+
+    async def _listen(self) -> None:
+        while True:
+            await self._unattended.wait()
+            with trio.CancelScope() as self._listening:
+                while True:
+                    await trio.lowlevel.wait_readable(self._arrivals)
+                    self.receive()
+
+    def _ignore(self, link: Link) -> None:
+        if self._links.pop(link.sock.fileno(), None) is not None:
+            self._arrivals.unregister(link.sock)
 
     # -- choosing a link ---------------------------------------------------------------------------
 
@@ -188,6 +230,8 @@ class Pool:
                 place.link = link
                 parked, self._parked = self._parked, {}
                 self._resend(list(parked.values()))
+                self._links[link.sock.fileno()] = link
+                self._arrivals.register(link.sock, select.EPOLLIN)
                 await link.run()
         except (OSError, LinkClosed) as error:
             log.info("link to %s lost (%s), connecting again", place.address, error)
@@ -197,6 +241,7 @@ class Pool:
             place.link = None
             orphans = list(link.calls.values())
             link.calls.clear()
+            self._ignore(link)
             link.close()
             for call in orphans:
                 call.unanswered()

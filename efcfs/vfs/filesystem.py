@@ -22,6 +22,7 @@ import trio
 from efcfs.cache.store import Store
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError, own_credential
+from efcfs.nfs.light import in_task
 from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
@@ -89,7 +90,7 @@ class FileSystem:
         self.warmup = Warmup(client, directories, self.reader, store, nursery)
         self.prefetch = Prefetch(directories, self.reader, inodes, nursery) if store is not None else None
         self._statfs: tuple[nfs3.FsstatResult, int] | None = None
-        self._client = client
+        self.client = client
         self._nursery = nursery
         self._options = options
         self._inodes = inodes
@@ -166,13 +167,13 @@ class FileSystem:
         self._touched(inode)
         asked_at = time.monotonic()
         try:
-            result = await self._client.setattr(cred, inode.fh, sattr)
+            result = await self.client.setattr(cred, inode.fh, sattr)
         except NfsError as error:
             # Who may write a file but does not own it may set its times to now, and only by the server's clock.
             by_server = _by_servers_clock(sattr)
             if error.status not in (nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES) or by_server is None:
                 raise
-            result = await self._client.setattr(cred, inode.fh, by_server)
+            result = await self.client.setattr(cred, inode.fh, by_server)
         inode = self._inodes.get(ino)
         self.attributes.update_wcc(inode, result.wcc, asked_at)
         if result.wcc.after is None:
@@ -198,13 +199,13 @@ class FileSystem:
         root = self._inodes.get(ROOT_INO)
         known = self._statfs if self.attributes.may_be_old(root) else None
         try:
-            if known is not None and self._client.away:
+            if known is not None and self.client.away:
                 raise ServerAway
-            result = await self._client.fsstat(cred, root.fh, impatient=known is not None)
+            result = await self.client.fsstat(cred, root.fh, impatient=known is not None)
         except ServerAway:
             assert known is not None
             return known
-        name_max = known[1] if known is not None else (await self._client.pathconf(cred, root.fh)).name_max
+        name_max = known[1] if known is not None else (await self.client.pathconf(cred, root.fh)).name_max
         self._statfs = (result, name_max)
         return self._statfs
 
@@ -217,6 +218,7 @@ class FileSystem:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self.attributes.refuse_immutable(inode)
         while ino in self._hiding.removals:
+            await in_task()
             await self._hiding.removals[ino].wait()
         file = opening.begin(inode)
         try:
@@ -310,13 +312,13 @@ class FileSystem:
         """Keep the bytes; None: there is no room, `write` waits for it."""
         handle, writer = self._opening.handles[handle_id], self.writer
         self._check_end(offset + len(data))
-        started, had_room = writer.started, writer.has_room(len(data))
+        had_room = writer.has_room(len(data))
         if not writer.take(handle, offset, data):
             return None
         self._grow(handle.file.ino, offset + len(data))
         if handle.flags & os.O_SYNC or not had_room:  # O_DSYNC is a part of O_SYNC
             return Taken.ANSWER_LATER
-        return Taken.TASKS_STARTED if writer.started != started else Taken.ANSWER
+        return Taken.ANSWER
 
     async def taken(self, handle_id: int) -> None:
         """Wait until what `write_at_once` has kept may be answered."""
@@ -398,7 +400,7 @@ class FileSystem:
     # -- parts -------------------------------------------------------------------------------------
 
     def _check_end(self, end: int) -> None:
-        if end > self._client.max_file_bytes:
+        if end > self.client.max_file_bytes:
             raise OSError(errno.EFBIG, "beyond the server's largest file")
 
     def _grow(self, ino: int, end: int) -> None:

@@ -18,6 +18,7 @@ import trio
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError
+from efcfs.nfs.light import in_task
 from efcfs.nfs.link import ServerAway
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, version
@@ -133,6 +134,7 @@ class Opening:
 
     async def came_to_nothing(self, file: OpenFile, cred: Credential) -> None:
         """An open(2) that failed or was given up, and nobody else has the file open."""
+        await in_task()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
             await self.closed(file, cred)
 

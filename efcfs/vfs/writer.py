@@ -21,6 +21,7 @@ import trio
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client
+from efcfs.nfs.light import in_task
 from efcfs.nfs.link import FilePart, Payload
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
@@ -54,8 +55,6 @@ class Taken(enum.Enum):
     """What the kernel is told of bytes that are kept."""
 
     ANSWER = enum.auto()
-    # The same; tasks are ready to run.
-    TASKS_STARTED = enum.auto()
     # Not before they are on the server's disk (O_SYNC), or not so much is dirty any more.
     ANSWER_LATER = enum.auto()
 
@@ -74,8 +73,6 @@ class Writer:
         most_bytes: int, forget_cached: ForgetCached, nursery: trio.Nursery,
     ) -> None:  # fmt: skip
         self.dirty_bytes = 0
-        # Counts what made tasks ready to run (`fuse/wire.py` asks).
-        self.started = 0
         self._client = client
         self._attributes = attributes
         self._inodes = inodes
@@ -160,7 +157,6 @@ class Writer:
         if record is None:
             return False
         if self._log.runs_low:
-            self.started += 1
             self._log_runs_low.set()
         self.dirty_bytes += len(data)
         file.written += 1
@@ -222,6 +218,7 @@ class Writer:
         """Wait until the server has all that was written before this call (unstably). Never raises."""
         waiting = [e for e in file.extents if e.state in (DIRTY, SENDING)]
         while any(e.state in (DIRTY, SENDING) for e in waiting):
+            await in_task()
             self._send_ready(file)
             await file.changed.park()
 
@@ -229,7 +226,10 @@ class Writer:
         """Wait until all that was written before this call is committed, or has failed. Never raises."""
         waiting = list(file.extents)
         if len(waiting) == 1 and waiting[0].state is DIRTY:
-            waiting[0].stable = True  # one WRITE that is stable at once, instead of a WRITE and a COMMIT
+            (extent,) = waiting
+            extent.stable = True  # one WRITE that is stable at once, instead of a WRITE and a COMMIT
+            if not self._paused and self._writes.available_tokens:
+                await self._send_here(file, extent)
         while waiting:
             await self.flush(file)
             await self._commit(file)
@@ -289,41 +289,58 @@ class Writer:
             if blocked or extent.written_at > written_before:
                 held.append(extent)
                 continue
-            extent.state = SENDING
-            self.started += 1
-            file.sending += 1
+            self._begin(file, extent)
             sending.append(extent)
             self._nursery.start_soon(self._send, file, extent)
             if file.sending >= MAX_WRITES_IN_FLIGHT:
                 return
 
+    @staticmethod
+    def _begin(file: OpenFile, extent: Extent) -> None:
+        extent.state = SENDING
+        file.sending += 1
+
     async def _send(self, file: OpenFile, extent: Extent) -> None:
         async with self._writes:
-            buffers: list[Payload] = [_payload(piece) for piece in extent.pieces]
-            offset, left = extent.offset, extent.length_bytes
-            stable = nfs3.FILE_SYNC if extent.stable else nfs3.UNSTABLE
-            try:
-                while left:
-                    before, asked_at = self._inodes.get(file.ino).attr, time.monotonic()
-                    result = await self._client.write(extent.cred, file.fh, offset, buffers, left, stable)
-                    buffers = _after(buffers, result.count)
-                    offset += result.count
-                    left -= result.count
-                    after = result.wcc.after
-                    if before is not None and after is not None and version(after) == version(before):
-                        # Other bytes, the same version: the server's clock is coarse, or these attributes are old.
-                        await self._forget_cached(file.fh, after)
-                        self._attributes.doubt(self._inodes.get(file.ino))
-                    else:
-                        self._take_over(file, after, asked_at, offset)
-            except SERVER_ERRORS as error:
-                file.sending -= 1
-                self._failed(file, [extent], error)
-                self._send_next(file)
-                return
-            finally:
-                if extent.state is SENDING and left:  # cancelled: the mount ends
-                    extent.state = DIRTY
+            await self._write(file, extent)
+
+    async def _send_here(self, file: OpenFile, extent: Extent) -> None:
+        """Send it without another task: what a small file is closed with (20 µs less)."""
+        self._begin(file, extent)
+        self._writes.acquire_on_behalf_of_nowait(extent)
+        try:
+            await self._write(file, extent)
+        finally:
+            self._writes.release_on_behalf_of(extent)
+
+    async def _write(self, file: OpenFile, extent: Extent) -> None:
+        buffers: list[Payload] = [_payload(piece) for piece in extent.pieces]
+        offset, left = extent.offset, extent.length_bytes
+        stable = nfs3.FILE_SYNC if extent.stable else nfs3.UNSTABLE
+        try:
+            while left:
+                before, asked_at = self._inodes.get(file.ino).attr, time.monotonic()
+                result = await self._client.write(extent.cred, file.fh, offset, buffers, left, stable)
+                buffers = _after(buffers, result.count)
+                offset += result.count
+                left -= result.count
+                after = result.wcc.after
+                if before is not None and after is not None and version(after) == version(before):
+                    # Other bytes, the same version: the server's clock is coarse, or these attributes are old.
+                    await in_task()
+                    await self._forget_cached(file.fh, after)
+                    self._attributes.doubt(self._inodes.get(file.ino))
+                else:
+                    self._take_over(file, after, asked_at, offset)
+        except SERVER_ERRORS as error:
+            file.sending -= 1
+            self._failed(file, [extent], error)
+            self._send_next(file)
+            return
+        except BaseException:  # cancelled: the mount ends
+            file.sending -= 1
+            extent.state = DIRTY
+            raise
         file.sending -= 1
         if result.committed == nfs3.UNSTABLE:
             # A write that another server life took may be lost already; do not wait for COMMIT to say so.
@@ -349,12 +366,12 @@ class Writer:
 
     def _commit_soon(self, file: OpenFile) -> None:
         if not self._paused and not file.committing and any(e.state is UNSTABLE for e in file.extents):
-            self.started += 1
             self._nursery.start_soon(self._commit, file)
 
     async def _commit(self, file: OpenFile) -> None:
         """Commit what is unstable now; what the server lost becomes dirty again."""
         while file.committing:
+            await in_task()
             await file.changed.park()
         unstable = [(e, e.verifier) for e in file.extents if e.state is UNSTABLE]
         if not unstable:
