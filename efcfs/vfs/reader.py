@@ -117,7 +117,6 @@ class Reader:
         self._learn = learn
         self._written = written
         self._nursery = nursery
-        self._token = trio.lowlevel.current_trio_token()
         self._ahead = trio.CapacityLimiter(MAX_AHEAD)
         self._idle_buffers: list[memoryview] = []
 
@@ -321,10 +320,7 @@ class Reader:
         number = offset // EXTENT_BYTES
         if number in file.filling or self._store.missing(file, number, offset, end) is None:
             return
-        # By the token, which wakes trio: a read that memory answers may come while it sleeps (`fuse/wire.py`).
-        self._token.run_sync_soon(
-            self._nursery.start_soon, self._read_ahead, handle, file, offset, end - offset, whole
-        )
+        self._nursery.start_soon(self._read_ahead, handle, file, offset, end - offset, whole)
 
     async def _read_ahead(self, handle: Handle, file: CachedFile, offset: int, size_bytes: int, whole: bool) -> None:
         async with self._ahead:
