@@ -195,7 +195,10 @@ class Opening:
         return None if file.extents else file.written
 
     def forget(self, file: OpenFile) -> None:
-        self.open.pop(file.ino).open_file = None
+        inode = self.open.get(file.ino)
+        if inode is not None and inode.open_file is file:  # not forgotten while another one that closed it waited
+            del self.open[file.ino]
+            inode.open_file = None
 
     def _file(self, inode: Inode) -> OpenFile:
         if inode.open_file is None:
