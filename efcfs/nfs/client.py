@@ -20,7 +20,7 @@ import trio
 
 from efcfs.nfs import mount3, nfs3, portmap2
 from efcfs.nfs.light import in_task
-from efcfs.nfs.link import Call, CallFailed, Decoder, Link, LinkClosed, Payload, call_once, open_link
+from efcfs.nfs.link import Buffer, Call, CallFailed, Decoder, Link, LinkClosed, call_once, open_link
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.pool import Pool
 from efcfs.nfs.rpc import Credential, RpcRefusal, RpcRefused, call_header
@@ -212,7 +212,7 @@ class Client:
         return result
 
     async def write(
-        self, cred: Credential, fh: bytes, offset: int, payload: Sequence[Payload], length_bytes: int,
+        self, cred: Credential, fh: bytes, offset: int, payload: Sequence[Buffer], length_bytes: int,
         stable: int = nfs3.UNSTABLE,
     ) -> nfs3.WriteResult:  # fmt: skip
         """Write `length_bytes` (≤ wsize), the buffers of `payload` one after the other."""
@@ -326,7 +326,7 @@ class Client:
 
     async def _try(
         self, procedure: _Procedure[R], cred: Credential, args: bytes, *, bulk: bool = False,
-        payload: Sequence[Payload] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
         impatient: bool = False, again: bool = False,
     ) -> tuple[R, bool]:  # fmt: skip
         """The result, whatever its status, and whether the call may have been done before."""
@@ -346,7 +346,7 @@ class Client:
 
     async def _ask(
         self, procedure: _Procedure[R], cred: Credential, args: bytes, *, bulk: bool = False,
-        payload: Sequence[Payload] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
         impatient: bool = False,
     ) -> R:  # fmt: skip
         result, _ = await self._try(

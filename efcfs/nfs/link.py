@@ -13,7 +13,6 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import outcome
 import trio
@@ -25,34 +24,6 @@ from efcfs.nfs.rpc import LAST_FRAGMENT, Receiver, Record, RpcRefused, Sink, dec
 from efcfs.nfs.xdr import ProtocolError
 
 Buffer = bytes | bytearray | memoryview
-
-
-class SentFrom(Protocol):
-    """A file whose pages are sent. `lent`: a socket has some of them that no answer came for; the receiver of a local
-    connection may read them whenever it likes, so they must never change.
-    """
-
-    fd: int
-    lent: bool
-
-
-class FilePart(NamedTuple):
-    """Bytes of a file, sent from its pages: no copy in this process, nor one into the socket (sendfile(2))."""
-
-    file: SentFrom
-    offset: int
-    length_bytes: int
-
-    @property
-    def fd(self) -> int:
-        return self.file.fd
-
-    def after(self, skip_bytes: int) -> "FilePart":
-        return FilePart(self.file, self.offset + skip_bytes, self.length_bytes - skip_bytes)
-
-
-# What a WRITE sends.
-Payload = Buffer | FilePart
 Decoder = Callable[[memoryview, int], object]
 
 # A reply larger than any that this client asks for is a broken or hostile server.
@@ -109,12 +80,12 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, xid: int, head: bytes, payload: Sequence[Payload], payload_bytes: int, decode: Decoder,
+        self, xid: int, head: bytes, payload: Sequence[Buffer], payload_bytes: int, decode: Decoder,
         sink: memoryview | None, description: str,
     ) -> None:  # fmt: skip
         length_bytes = 4 + len(head) + payload_bytes + (-payload_bytes & 3)
         self.xid = xid
-        self.wire: list[Payload] = [_MARK_AND_XID.pack(LAST_FRAGMENT | length_bytes, xid) + head]
+        self.wire: list[Buffer] = [_MARK_AND_XID.pack(LAST_FRAGMENT | length_bytes, xid) + head]
         if payload_bytes:
             self.wire += payload
             if payload_bytes & 3:
@@ -147,12 +118,6 @@ class Call:
 
         self.task = trio.lowlevel.current_task()
         return await trio.lowlevel.wait_task_rescheduled(abort)
-
-    def unanswered(self) -> None:
-        """A link on which it was sent is given up."""
-        for part in self.wire:
-            if isinstance(part, FilePart):
-                part.file.lent = True
 
     def finish(self, result: object) -> None:
         if self.task is not None:
@@ -187,7 +152,7 @@ class Link:
         self.in_flight_bytes = 0
         self.received_at = trio.current_time()
         self._receiver = Receiver(MAX_RECORD_BYTES, self._sink_for)
-        self._outgoing: deque[memoryview | FilePart] = deque()
+        self._outgoing: deque[memoryview] = deque()
         self._wake = trio.Event()
         self._sinks = 0
         self._low_water_bytes = 1
@@ -208,7 +173,8 @@ class Link:
             self._queue(call.wire, 0)
             return
         try:
-            sent = self._push(call.wire)
+            # Not sendfile(2) from the dirty log: both ends take 0.7 ms for a MiB in 4 KiB pages, 0.33 for a copy of it.
+            sent = self.sock.sendmsg(call.wire)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -222,13 +188,8 @@ class Link:
 
     def abandon(self, call: Call) -> None:
         """As `forget`, for a call that may not be sent yet: its payload's memory is the caller's again."""
-        if call.xid in self.calls:
-            call.unanswered()
         if call.xid in self.calls and self._outgoing:
-            self._outgoing = deque(
-                memoryview(os.pread(b.fd, b.length_bytes, b.offset) if isinstance(b, FilePart) else bytes(b))
-                for b in self._outgoing
-            )
+            self._outgoing = deque(memoryview(bytes(buffer)) for buffer in self._outgoing)
         self.forget(call)
 
     async def run(self) -> None:
@@ -256,45 +217,12 @@ class Link:
             if not self._sinks:
                 self._receiver.first_bytes = ORDINARY_BYTES
 
-    def _push(self, buffers: Sequence[Payload]) -> int:
-        """Send what the socket takes of the buffers; returns how many bytes. Raises BlockingIOError, OSError."""
-        sent, run_bytes = 0, 0
-        run: list[Buffer] = []
+    def _queue(self, buffers: Sequence[Buffer], skip_bytes: int) -> None:
         for buffer in buffers:
-            if not isinstance(buffer, FilePart):
-                run.append(buffer)
-                run_bytes += len(buffer)
+            if skip_bytes >= len(buffer):
+                skip_bytes -= len(buffer)
                 continue
-            try:
-                if run:
-                    n = self.sock.sendmsg(run, (), socket.MSG_MORE)
-                    sent += n
-                    if n < run_bytes:
-                        return sent
-                    run, run_bytes = [], 0
-                n = os.sendfile(self.sock.fileno(), buffer.fd, buffer.offset, buffer.length_bytes)
-            except BlockingIOError:
-                if not sent:
-                    raise
-                return sent
-            sent += n
-            if n < buffer.length_bytes:
-                return sent
-        if run:
-            try:
-                sent += self.sock.sendmsg(run)
-            except BlockingIOError:
-                if not sent:
-                    raise
-        return sent
-
-    def _queue(self, buffers: Sequence[Payload], skip_bytes: int) -> None:
-        for buffer in buffers:
-            length_bytes = _length(buffer)
-            if skip_bytes >= length_bytes:
-                skip_bytes -= length_bytes
-                continue
-            self._outgoing.append(_after(buffer, skip_bytes))
+            self._outgoing.append(memoryview(buffer)[skip_bytes:])
             skip_bytes = 0
         if self._outgoing:
             self._wake.set()
@@ -306,15 +234,15 @@ class Link:
                 await trio.lowlevel.wait_writable(self.sock)
                 outgoing = self._outgoing
                 try:
-                    sent = self._push([outgoing[i] for i in range(min(len(outgoing), MAX_IOVECS))])
+                    sent = self.sock.sendmsg([outgoing[i] for i in range(min(len(outgoing), MAX_IOVECS))])
                 except BlockingIOError:
                     continue
                 while sent:
                     first = outgoing.popleft()
-                    if sent < _length(first):
-                        outgoing.appendleft(_after(first, sent))
+                    if sent < len(first):
+                        outgoing.appendleft(first[sent:])
                         break
-                    sent -= _length(first)
+                    sent -= len(first)
             self._wake = trio.Event()
 
     def receive(self) -> None:
@@ -393,14 +321,6 @@ class Link:
 
 def _ignore(_: Call) -> None:
     pass
-
-
-def _length(buffer: Payload) -> int:
-    return buffer.length_bytes if isinstance(buffer, FilePart) else len(buffer)
-
-
-def _after(buffer: Payload, skip_bytes: int) -> memoryview | FilePart:
-    return buffer.after(skip_bytes) if isinstance(buffer, FilePart) else memoryview(buffer)[skip_bytes:]
 
 
 async def call_once(link: Link, call: Call) -> object:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from efcfs.nfs.link import Call, Decoder, Link, LinkClosed, Payload, ServerAway, TimedOut, open_link
+from efcfs.nfs.link import Buffer, Call, Decoder, Link, LinkClosed, ServerAway, TimedOut, open_link
 from efcfs.nfs.xdr import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Pool:
 
     def call(
         self, head: bytes, decode: Decoder, description: str, *, bulk: bool = False,
-        payload: Sequence[Payload] = (), payload_bytes: int = 0, sink: memoryview | None = None,
+        payload: Sequence[Buffer] = (), payload_bytes: int = 0, sink: memoryview | None = None,
         impatient: bool = False,
     ) -> Call:  # fmt: skip
         """Send a call; await its result with `wait`. impatient: it fails with ServerAway once the server is away."""
@@ -243,8 +243,6 @@ class Pool:
             link.calls.clear()
             self._ignore(link)
             link.close()
-            for call in orphans:
-                call.unanswered()
         self._resend(orphans)
 
     async def _resolve_again(self, place: Place) -> None:

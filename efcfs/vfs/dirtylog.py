@@ -51,34 +51,31 @@ NONE, KEPT, DONE = range(3)
 class Segment:
     """One file of the log, mapped."""
 
-    __slots__ = ("end", "fd", "generation", "lent", "live", "path", "undone", "view")
+    __slots__ = ("end", "generation", "live", "path", "undone", "view")
 
     def __init__(self, path: Path) -> None:
         """Raises OSError (ENOSPC); a file that was there before stays then, with what it has."""
         self.path = path
         fresh = not path.exists()
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # Memory that is not there when it is written to would end the daemon with SIGBUS. What was left has it,
             # and is mapped without its pages: 2 ms less for each before it is served.
             if fresh:
-                os.posix_fallocate(self.fd, 0, SEGMENT_BYTES)
+                os.posix_fallocate(fd, 0, SEGMENT_BYTES)
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if fresh else 0)
-            self.view = memoryview(mmap.mmap(self.fd, SEGMENT_BYTES, flags=flags))
+            self.view = memoryview(mmap.mmap(fd, SEGMENT_BYTES, flags=flags))
         except OSError:
             if fresh:
                 path.unlink()
             raise
+        finally:
+            os.close(fd)
         (self.generation,) = _GENERATION.unpack_from(self.view)
         self.end = HEAD_BYTES
         self.undone = 0
         # Records that are not done, and holds.
         self.live = 0
-        # Whether somebody may still send its bytes, done or not: it is not used again.
-        self.lent = False
-
-    def __del__(self) -> None:
-        os.close(self.fd)
 
     def start_over(self) -> None:
         self.generation = int.from_bytes(os.urandom(8), "little")
@@ -157,7 +154,6 @@ class DirtyLog:
             found += _walk(segment)
             segment.live = sum(1 for left in found if left.record.segment is segment)
             segment.count(segment.live)
-            segment.lent = bool(segment.live)  # by the daemon that kept them
             if not segment.live:
                 self._free.append(segment)
         found.sort()
@@ -222,11 +218,7 @@ class DirtyLog:
         segment.live -= 1
         if segment.live or self._left:
             return
-        if segment.lent:
-            segment.path.unlink()
-            self._segments.remove(segment)
-            self._current = None if segment is self._current else self._current
-        elif segment is self._current:
+        if segment is self._current:
             segment.start_over()  # hot in every cache
         else:
             self._free.append(segment)

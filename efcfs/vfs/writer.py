@@ -22,7 +22,7 @@ import trio
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client
 from efcfs.nfs.light import in_task
-from efcfs.nfs.link import FilePart, Payload
+from efcfs.nfs.link import Buffer
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, version
@@ -44,8 +44,6 @@ MAX_EXTENTS = 256
 # More of one file wait: writes here and there, of a few bytes each, to a server that is slow or away.
 MOST_EXTENTS = 4096
 MAX_WRITES_IN_FLIGHT = 32
-# So much is sent from the log's pages; for less, copying is cheaper than another system call.
-SENT_FROM_FILE_BYTES = 64 * 1024
 # A small tail waits so long for more bytes, and a COMMIT for more WRITEs when nobody asks for it.
 TAIL_S = 1.0
 COMMIT_S = 5.0
@@ -314,7 +312,7 @@ class Writer:
             self._writes.release_on_behalf_of(extent)
 
     async def _write(self, file: OpenFile, extent: Extent) -> None:
-        buffers: list[Payload] = [_payload(piece) for piece in extent.pieces]
+        buffers: list[Buffer] = [piece.bytes for piece in extent.pieces]
         offset, left = extent.offset, extent.length_bytes
         stable = nfs3.FILE_SYNC if extent.stable else nfs3.UNSTABLE
         try:
@@ -436,24 +434,13 @@ class Writer:
             self._attributes.update(inode, attr, asked_at, own=True)
 
 
-def _payload(piece: Piece) -> Payload:
-    length = piece.end - piece.start
-    if length < SENT_FROM_FILE_BYTES:
-        return piece.bytes
-    record = piece.record
-    return FilePart(record.segment, record.data_at + piece.start, length)
-
-
-def _after(buffers: list[Payload], skip_bytes: int) -> list[Payload]:
+def _after(buffers: list[Buffer], skip_bytes: int) -> list[Buffer]:
     """What remains of `buffers` when the first `skip_bytes` are written."""
-    rest: list[Payload] = []
+    rest: list[Buffer] = []
     for buffer in buffers:
-        length = buffer.length_bytes if isinstance(buffer, FilePart) else len(buffer)
-        if skip_bytes >= length:
-            skip_bytes -= length
+        if skip_bytes >= len(buffer):
+            skip_bytes -= len(buffer)
         else:
-            rest.append(
-                buffer.after(skip_bytes) if isinstance(buffer, FilePart) else memoryview(buffer)[skip_bytes:]
-            )
+            rest.append(memoryview(buffer)[skip_bytes:])
             skip_bytes = 0
     return rest

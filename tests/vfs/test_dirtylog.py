@@ -1,7 +1,5 @@
 """The dirty log by itself: what was kept and is not done is there for the next daemon, whenever the last one died."""
 
-import os
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -107,24 +105,6 @@ def test_bytes_that_are_held_stay_though_they_are_done() -> None:
             log.done(other, MIB)
         assert bytes(record.bytes(0, MIB)) == b"a" * MIB
         log.release(record)
-
-
-def test_bytes_that_a_socket_may_still_send_never_change() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, socket.create_server(("127.0.0.1", 0)) as listener:
-        log = DirtyLog(Path(directory), SEGMENT_BYTES)
-        record = log.keep(1, 0, memoryview(b"a" * 65536), None)
-        assert record is not None
-        segment = record.segment
-        with socket.create_connection(listener.getsockname()) as sock, listener.accept()[0] as late:
-            assert os.sendfile(sock.fileno(), segment.fd, record.data_at, 65536) == 65536
-            segment.lent = True
-            log.done(record, 65536)
-            for _ in range(100):
-                other = log.keep(1, 0, memoryview(b"b" * MIB), None)
-                assert other is not None
-                log.done(other, MIB)
-            assert late.recv(65536, socket.MSG_WAITALL) == b"a" * 65536
-        assert len(list(Path(directory).iterdir())) == 1
 
 
 def test_a_segment_whose_making_was_interrupted_has_nothing_and_holds_nobody_up() -> None:
