@@ -106,18 +106,32 @@ def append(path: Path) -> tuple[float, float]:
     return APPENDS / (written - started), APPENDS / (time.perf_counter() - started)
 
 
+def cpu_s(pid: int) -> float:
+    """What a process has taken of the processors (proc(5): utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def large_files(server: Ganesha, mount: Mount, source: Path, mib: int, speeds: Speeds) -> None:
+    """And who needs how much of the processors: when all are on one machine, their sum decides."""
+    mount_job, client_job = "large file, mount", "large file, client library"
+    both = {"program": os.getpid(), "server": int((server.root / "pid").read_text())}
+    taking = {mount_job: {**both, "daemon": int(str(mount.status()["daemon_pid"]))}, client_job: both}
     jobs: dict[str, Callable[[], None]] = {
-        "large file, mount, MB/s": lambda: mount_write(mount.path / "w1", mib),
-        "large file, client library, MB/s": lambda: bare_write(server, "w2", mib),
-        "large file, nfs-cp, MB/s": lambda: libnfs(server, "nfs-cp", str(source), "w3"),
+        mount_job: lambda: mount_write(mount.path / "w1", mib),
+        client_job: lambda: bare_write(server, "w2", mib),
+        "large file, nfs-cp": lambda: libnfs(server, "nfs-cp", str(source), "w3"),
     }
     for what, job in jobs.items():
         # A write needs new pages twice: in the client's page cache and in the server's file.
         drop_page_cache(then_touch_bytes=3 * mib * MIB)
+        before_s = {who: cpu_s(pid) for who, pid in taking.get(what, {}).items()}
         started = time.perf_counter()
         job()
-        speeds.setdefault(what, []).append(mib * MIB / 1e6 / (time.perf_counter() - started))
+        speeds.setdefault(f"{what}, MB/s", []).append(mib * MIB / 1e6 / (time.perf_counter() - started))
+        for who, so_far_s in before_s.items():
+            taken_us = (cpu_s(taking[what][who]) - so_far_s) * 1e6
+            speeds.setdefault(f"{what}, CPU of the {who}, us/MiB", []).append(taken_us / mib)
     for made in ("w1", "w2", "w3"):
         (server.directory / made).unlink()
 
