@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from types import TracebackType
 
@@ -228,6 +228,9 @@ class Proxy:
         self.delay_s = delay_s
         self.cap_bytes_per_s = cap_bytes_per_s
         self.bytes_to_client = 0
+        # How many calls passed, by procedure of NFSv3; those sent again count again.
+        self.calls: Counter[int] = Counter()
+        self.counting = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self.listener.getsockname()[1]
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -308,6 +311,8 @@ class Pipe:
         self.proxy, self.source, self.target, self.to_client = proxy, source, target, to_client
         self.due: deque[tuple[float, bytes]] = deque()
         self.more = threading.Condition()
+        self._head = b""
+        self._rest_bytes = 0
 
     def start(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
@@ -319,6 +324,8 @@ class Pipe:
                 data = self.source.recv(262144)
             except OSError:
                 data = b""
+            if not self.to_client:
+                self._count(data)
             if self.source in self.proxy._frozen:
                 self.proxy._thawed.wait()
             with self.more:
@@ -328,6 +335,22 @@ class Pipe:
                 self.more.notify_all()
             if not data:
                 return
+
+    def _count(self, data: bytes) -> None:
+        """Calls, each in one fragment (RFC 5531 §11): mark, xid, CALL, RPC version, program, version, procedure."""
+        while data:
+            if self._rest_bytes:
+                skipped = min(self._rest_bytes, len(data))
+                self._rest_bytes -= skipped
+                data = data[skipped:]
+                continue
+            missing = 28 - len(self._head)
+            self._head, data = self._head + data[:missing], data[missing:]
+            if len(self._head) == 28:
+                mark, *_, procedure = struct.unpack(">7I", self._head)
+                self._head, self._rest_bytes = b"", (mark & 0x7FFFFFFF) - 24
+                with self.proxy.counting:
+                    self.proxy.calls[procedure] += 1
 
     def _write(self) -> None:
         free_at = 0.0
