@@ -371,7 +371,8 @@ def _checked(result: R, procedure: _Procedure[R]) -> R:
 
 
 def _created(found: nfs3.LookupResult) -> nfs3.CreateResult:
-    return nfs3.CreateResult(nfs3.NFS3_OK, found.fh, found.attr, nfs3.Wcc(None, found.dir_attr))
+    """Found when the call was sent again: by its effect it was done before, and its status stays EXIST."""
+    return nfs3.CreateResult(nfs3.NFS3ERR_EXIST, found.fh, found.attr, nfs3.Wcc(None, found.dir_attr))
 
 
 # -- connecting ------------------------------------------------------------------------------------

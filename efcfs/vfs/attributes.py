@@ -18,6 +18,7 @@ from efcfs.nfs.client import Client
 from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import Fattr, Wcc
 from efcfs.nfs.rpc import Credential
+from efcfs.vfs.absent import Absent
 from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.inodes import Inode, Inodes
 
@@ -57,12 +58,15 @@ def version(attr: Fattr) -> tuple[int, int, int]:
 class Attributes:
     """The attribute cache of one mount."""
 
-    def __init__(self, client: Client, timeouts: Timeouts, consistency: Consistency, inodes: Inodes) -> None:
+    def __init__(
+        self, client: Client, timeouts: Timeouts, consistency: Consistency, inodes: Inodes, absent: Absent
+    ) -> None:
         self.kernel: Kernel | None = None
         self._client = client
         self._timeouts = timeouts
         self._consistency = consistency
         self._inodes = inodes
+        self._absent = absent
         self._since = time.monotonic()
 
     def mode_of(self, inode: Inode) -> Mode:
@@ -148,6 +152,8 @@ class Attributes:
         """
         if attr is None:
             return
+        if attr.type == nfs3.NF3DIR:
+            self._absent.seen(inode.fh, version(attr), asked_at)
         now = time.monotonic()
         old = inode.attr
         low, high = self._bounds(inode, attr)
@@ -182,11 +188,17 @@ class Attributes:
     def update_wcc(self, inode: Inode, wcc: Wcc, asked_at: float) -> None:
         """Take over weak cache consistency data (RFC 1813 §2.6): ours, if nobody wrote before us."""
         before, old = wcc.before, inode.attr
+        after = version(wcc.after) if wcc.after is not None else None
+        self._absent.seen(inode.fh, after, asked_at, ours=True, before=before)
         own = before is not None and old is not None and tuple(before) == version(old)
         if wcc.after is None:
             inode.timeout_s = 0.0  # something changed and we do not know what to
         else:
             self.update(inode, wcc.after, asked_at, own=own)
+
+    def believe_absent_s(self, directory: Inode) -> float:
+        """How long the server's word that a name is not there may be believed."""
+        return self._bounds(directory, directory.attr)[0] if directory.attr is not None else 0.0
 
     def expire(self, inode: Inode) -> None:
         inode.timeout_s = 0.0

@@ -6,9 +6,11 @@ whose version has not changed since it was read to its end is not read again, an
 fresh it answers lookups, of names that are not there too.
 """
 
+import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Iterator
 
 import trio
 
@@ -17,7 +19,9 @@ from efcfs.nfs.client import Client, NfsError
 from efcfs.nfs.nfs3 import DirEntryPlus
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
+from efcfs.vfs.absent import Absent
 from efcfs.vfs.attributes import Attributes, version
+from efcfs.vfs.errors import SERVER_ERRORS
 from efcfs.vfs.inodes import Directory, Inode, Listings, NoRoom
 
 log = logging.getLogger(__name__)
@@ -25,21 +29,37 @@ log = logging.getLogger(__name__)
 # At so many lookups at once for the names that came without attributes.
 MAX_LOOKUPS = 32
 
-
 # Entries taken from a kept listing at once.
 PAGE_ENTRIES = 256
+
+# Longer directories are not listed for the names that they do not have.
+MOST_LISTED = 10_000
 
 
 class Directories:
     """The directories of one mount. Listings that nobody needs any more are removed in `nursery`."""
 
-    def __init__(self, client: Client, attributes: Attributes, listings: Listings, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, client: Client, attributes: Attributes, listings: Listings, absent: Absent, nursery: trio.Nursery
+    ) -> None:
         self.listings = listings
+        self.absent = absent
         self._client = client
         self._attributes = attributes
         self._nursery = nursery
         # Those that somebody reads now, by node id.
         self._open: dict[int, list[Listing]] = {}
+
+    @contextlib.contextmanager
+    def changing(self, *places: tuple[Inode, bytes]) -> Iterator[None]:
+        """A call that makes, removes or moves these names: what it tells of the directories is taken over within."""
+        names: dict[bytes, list[bytes]] = {}
+        for directory, name in places:
+            names.setdefault(directory.fh, []).append(name)
+        with self.absent.changing(names):
+            yield
+        for directory, name in places:
+            self.changed(directory, name)
 
     def changed(self, inode: Inode, name: bytes) -> None:
         """We made, removed or moved a name: what listings have of it is old.
@@ -68,6 +88,41 @@ class Directories:
                 self.changed(directory, name)
         for listing in self._open.get(directory.ino, ()):
             listing.stale.add(name)
+
+    def made(self, directory: Inode, asked_at: float) -> None:
+        """A directory that we have just made, and asked for then."""
+        self.absent.made(directory.fh, version(directory.attr) if directory.attr is not None else None, asked_at)
+
+    def absent_s(self, directory: Inode, name: bytes) -> float:
+        """How long the name may be believed not to be there; 0: not known."""
+        return self.absent.left_s(directory.fh, name, self._attributes.believe_absent_s(directory))
+
+    def missed(self, directory: Inode, name: bytes, cred: Credential) -> None:
+        """The server does not have a name: where many are missed, a listing saves asking for the others."""
+        believe_s = self._attributes.believe_absent_s(directory)
+        if (listing := self.absent.missed(directory.fh, name, believe_s)) is not None:
+            self._nursery.start_soon(self._list_names, directory.fh, listing, cred, believe_s)
+
+    async def _list_names(self, fh: bytes, listing: set[bytes], cred: Credential, believe_s: float) -> None:
+        names: list[bytes] = []
+        cookie, verifier = 0, bytes(nfs3.COOKIEVERFSIZE)
+        began_at = time.monotonic()
+        try:
+            while len(names) < MOST_LISTED:
+                asked_at = time.monotonic()
+                page = await self._client.readdir(cred, fh, cookie, verifier)
+                if page.attr is not None:
+                    self.absent.seen(fh, version(page.attr), asked_at)
+                names += [entry.name for entry in page.entries]
+                if page.eof:
+                    self.absent.listed(fh, listing, names, began_at)
+                    return
+                if not page.entries:
+                    break
+                cookie, verifier = page.entries[-1].cookie, page.verifier
+        except SERVER_ERRORS as error:
+            log.debug("names that are not there: %s", error)
+        self.absent.given_up(fh, listing, believe_s)
 
     def known(self, inode: Inode) -> Directory | None:
         """The kept listing, if the directory is still of that version as far as we know."""
@@ -163,6 +218,7 @@ class Listing:
             self._verifier = bytes(nfs3.COOKIEVERFSIZE)
         page = self._kept(cookie) or await self._fetch(cookie)
         self._page, self._at, self._next, self._verifier = page, cookie, 0, page.verifier
+        self._directories.absent.may_be(self.inode.fh, (entry.name for entry in page.entries))
         return page.entries, 0
 
     def close(self) -> None:

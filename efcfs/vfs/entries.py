@@ -57,9 +57,9 @@ class Entries:
         inode.kernel_size_bytes = attr.size
         return Entry(inode.ino, inode.generation, attr, entry_timeout_s, self._attributes.remaining_s(inode))
 
-    def missing(self, directory: Inode) -> Entry:
-        """There is no such name."""
-        return Entry(0, 0, None, self._timeout_s(directory, positive=False), 0.0)
+    def missing(self, directory: Inode, for_s: float | None = None) -> Entry:
+        """There is no such name; `for_s`: how long that may be believed, if it was not seen just now."""
+        return Entry(0, 0, None, self._timeout_s(directory, positive=False) if for_s is None else for_s, 0.0)
 
     def enter(self, parent: int, name: bytes, fh: bytes, attr: Fattr | None, asked_at: float) -> Entry:
         """A name that the server told just now."""

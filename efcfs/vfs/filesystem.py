@@ -27,6 +27,7 @@ from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
+from efcfs.vfs.absent import Absent
 from efcfs.vfs.attributes import Attributes, Kernel, Timeouts
 from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories
@@ -71,9 +72,10 @@ class FileSystem:
     ) -> None:  # fmt: skip
         self.read_only = options.read_only
         self.dirty = dirty
-        self.attributes = attributes = Attributes(client, options.timeouts, options.consistency, inodes)
+        absent = Absent()
+        self.attributes = attributes = Attributes(client, options.timeouts, options.consistency, inodes, absent)
         self._entries = Entries(client, inodes, attributes, options.lookupcache)
-        self._directories = directories = Directories(client, attributes, inodes.listings, nursery)
+        self._directories = directories = Directories(client, attributes, inodes.listings, absent, nursery)
         self._hiding = Hiding(client, inodes, attributes, directories)
         self._opening = Opening(
             client, inodes, attributes, directories, handles, self._hiding, nursery, cto=options.cto

@@ -69,13 +69,15 @@ class Hiding:
         self._inodes.hidden(target.ino, directory.ino, name)
         asked_at = time.monotonic()
         try:
-            result = await self._client.rename(cred, directory.fh, old_name, directory.fh, name, again=request.again)
+            with self._directories.changing((directory, old_name), (directory, name)):
+                result = await self._client.rename(
+                    cred, directory.fh, old_name, directory.fh, name, again=request.again
+                )
+                self._attributes.update_wcc(directory, result.from_wcc, asked_at)
         except SERVER_ERRORS:
             self._inodes.unhidden(target.ino)
             raise
-        self._attributes.update_wcc(directory, result.from_wcc, asked_at)
         self._inodes.moved(directory.ino, old_name, directory.ino, name)
-        self._directories.changed(directory, old_name)
         if target.open_file is file:
             file.sillyname = (directory.ino, name)
         else:
@@ -93,7 +95,9 @@ class Hiding:
         self._inodes.hidden(target.ino, directory.ino, name)
         asked_at = time.monotonic()
         try:
-            result = await self._client.link(cred, target.fh, directory.fh, name, again=request.again)
+            with self._directories.changing((directory, name)):
+                result = await self._client.link(cred, target.fh, directory.fh, name, again=request.again)
+                self._attributes.update_wcc(directory, result.wcc, asked_at)
         except SERVER_ERRORS as error:
             self._inodes.unhidden(target.ino)
             if isinstance(error, NfsError) and error.status == nfs3.NFS3ERR_STALE:
@@ -102,10 +106,8 @@ class Hiding:
                 await self.hide(directory, old_name, target, cred, request)
                 return partial(self._rename_back, directory, target, old_name, cred)
             raise
-        self._attributes.update_wcc(directory, result.wcc, asked_at)
         self._attributes.update(target, result.attr, asked_at, own=True)
         self._inodes.moved(directory.ino, old_name, directory.ino, name)
-        self._directories.changed(directory, name)
         if target.open_file is file:
             file.sillyname = (directory.ino, name)
             return partial(self._unlink, directory, target, old_name, cred)
@@ -130,7 +132,8 @@ class Hiding:
         if file is None or file.sillyname is None:
             return
         try:
-            await self._client.rename(cred, directory.fh, file.sillyname[1], directory.fh, name)
+            with self._directories.changing((directory, name), (directory, file.sillyname[1])):
+                await self._client.rename(cred, directory.fh, file.sillyname[1], directory.fh, name)
         except SERVER_ERRORS as error:
             log.error("file stays hidden as %r: errno %d", file.sillyname[1], errno_of(error))
             return
@@ -158,13 +161,13 @@ class Hiding:
     async def _remove(self, directory: Inode, name: bytes, cred: Credential) -> None:
         asked_at = time.monotonic()
         try:
-            result = await self._client.remove(cred, directory.fh, name)
+            with self._directories.changing((directory, name)):
+                result = await self._client.remove(cred, directory.fh, name)
+                self._attributes.update_wcc(directory, result.wcc, asked_at)
         except SERVER_ERRORS as error:
             # NOENT: done by a daemon that died before it could say so.
             if not isinstance(error, NfsError) or error.status != nfs3.NFS3ERR_NOENT:
                 log.error("hidden file %r stays: errno %d", name, errno_of(error))
-            return
-        self._attributes.update_wcc(directory, result.wcc, asked_at)
 
 
 def must_hide(inode: Inode, request: Request) -> bool:

@@ -54,10 +54,13 @@ class Names:
         self._nonce = nonce
 
     def lookup_at_once(self, parent: int, name: bytes) -> Entry | None:
-        """What a kept listing of the directory tells, if it may be believed."""
+        """What is known of all names of the directory tells, if it may be believed."""
         directory = self._inodes.get(parent)
         if self._entries.lookupcache != "all" or name in (b".", b".."):
             return None
+        left_s = self._directories.absent_s(directory, name)
+        if left_s:
+            return self._entries.missing(directory, left_s)
         seen = self._directories.find(directory, name)
         if seen is None:
             return None
@@ -81,11 +84,14 @@ class Names:
         except NfsError as error:
             if error.status != nfs3.NFS3ERR_NOENT:
                 raise
+            if self._entries.lookupcache == "all":
+                self._directories.missed(directory, name, cred)
             return self._entries.missing(directory)
         except ServerAway:
             assert known is not None
             return self._entries.enter_known(directory, name, known)
         self._attributes.update(directory, found.dir_attr, asked_at)
+        self._directories.absent.may_be(directory.fh, (name,))
         return await self._entries.enter_completed(directory, name, found.fh, found.attr, asked_at, cred)
 
     async def readlink(self, ino: int, cred: Credential) -> bytes:
@@ -101,38 +107,46 @@ class Names:
         directory = self._inodes.get(parent)
         self._attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
-        made = await self._client.mkdir(cred, directory.fh, name, Sattr(mode=stat.S_IMODE(mode)), again=request.again)
-        return await self._entries.enter_made(directory, name, made, asked_at, cred)
+        sattr = Sattr(mode=stat.S_IMODE(mode))
+        with self._directories.changing((directory, name)):
+            made = await self._client.mkdir(cred, directory.fh, name, sattr, again=request.again)
+            entry = await self._entries.enter_made(directory, name, made, asked_at, cred)
+        if made.status == nfs3.NFS3_OK:  # what was there already may be another client's, and not empty
+            self._directories.made(self._inodes.get(entry.ino), asked_at)
+        return entry
 
     async def symlink(self, parent: int, name: bytes, target: bytes, cred: Credential, request: Request) -> Entry:
         directory = self._inodes.get(parent)
         self._attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
-        made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target, again=request.again)
-        return await self._entries.enter_made(directory, name, made, asked_at, cred)
+        with self._directories.changing((directory, name)):
+            made = await self._client.symlink(cred, directory.fh, name, Sattr(mode=0o777), target, again=request.again)
+            return await self._entries.enter_made(directory, name, made, asked_at, cred)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, cred: Credential, request: Request) -> Entry:
         directory = self._inodes.get(parent)
         self._attributes.refuse_immutable(directory)
         sattr = Sattr(mode=stat.S_IMODE(mode))
+        file_type = _TYPE_OF_MODE.get(stat.S_IFMT(mode))
+        if file_type is None and not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "mknod of this type")
         asked_at = time.monotonic()
-        if stat.S_ISREG(mode):
-            made = await self._create_exclusive(directory, name, sattr, cred, request)
-        else:
-            file_type = _TYPE_OF_MODE.get(stat.S_IFMT(mode))
+        with self._directories.changing((directory, name)):
             if file_type is None:
-                raise OSError(errno.EINVAL, "mknod of this type")
-            made = await self._client.mknod(
-                cred, directory.fh, name, file_type, sattr, os.major(rdev), os.minor(rdev), again=request.again
-            )
-        return await self._entries.enter_made(directory, name, made, asked_at, cred)
+                made = await self._create_exclusive(directory, name, sattr, cred, request)
+            else:
+                made = await self._client.mknod(
+                    cred, directory.fh, name, file_type, sattr, os.major(rdev), os.minor(rdev), again=request.again
+                )
+            return await self._entries.enter_made(directory, name, made, asked_at, cred)
 
     async def link(self, ino: int, new_parent: int, new_name: bytes, cred: Credential, request: Request) -> Entry:
         inode, directory = self._inodes.get(ino), self._inodes.get(new_parent)
         self._attributes.refuse_immutable(inode, directory)
         asked_at = time.monotonic()
-        result = await self._client.link(cred, inode.fh, directory.fh, new_name, again=request.again)
-        self._attributes.update_wcc(directory, result.wcc, asked_at)
+        with self._directories.changing((directory, new_name)):
+            result = await self._client.link(cred, inode.fh, directory.fh, new_name, again=request.again)
+            self._attributes.update_wcc(directory, result.wcc, asked_at)
         # A new name changes ctime and nothing that the kernel's pages hold.
         self._attributes.update(inode, result.attr, asked_at, own=True)
         return await self._entries.enter_completed(directory, new_name, inode.fh, result.attr, asked_at, cred)
@@ -148,11 +162,12 @@ class Names:
             return opened, self._entries.of(inode)
         asked_at = time.monotonic()
         sattr = Sattr(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
-        if flags & os.O_EXCL:
-            made = await self._create_exclusive(directory, name, sattr, cred, request)
-        else:
-            made = await self._client.create(cred, directory.fh, name, sattr)
-        entry = await self._entries.enter_made(directory, name, made, asked_at, cred)
+        with self._directories.changing((directory, name)):
+            if flags & os.O_EXCL:
+                made = await self._create_exclusive(directory, name, sattr, cred, request)
+            else:
+                made = await self._client.create(cred, directory.fh, name, sattr)
+            entry = await self._entries.enter_made(directory, name, made, asked_at, cred)
         return self._opening.opened(self._inodes.get(entry.ino), flags, cred, request), entry
 
     async def _create_exclusive(
@@ -197,11 +212,10 @@ class Names:
                 self._directories.changed(directory, name)
             return
         asked_at = time.monotonic()
-        with self._hiding.removal(target):
+        with self._hiding.removal(target), self._directories.changing((directory, name)):
             result = await self._client.remove(cred, directory.fh, name, again=request.again)
+            self._attributes.update_wcc(directory, result.wcc, asked_at)
         self._inodes.removed(parent, name)
-        self._directories.changed(directory, name)
-        self._attributes.update_wcc(directory, result.wcc, asked_at)
         if target is not None:
             self._attributes.expire(target)  # it may live on under other names, with a link less
 
@@ -209,10 +223,10 @@ class Names:
         directory = self._inodes.get(parent)
         self._attributes.refuse_immutable(directory)
         asked_at = time.monotonic()
-        result = await self._client.rmdir(cred, directory.fh, name, again=request.again)
+        with self._directories.changing((directory, name)):
+            result = await self._client.rmdir(cred, directory.fh, name, again=request.again)
+            self._attributes.update_wcc(directory, result.wcc, asked_at)
         self._inodes.removed(parent, name)
-        self._directories.changed(directory, name)
-        self._attributes.update_wcc(directory, result.wcc, asked_at)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, cred: Credential,
@@ -239,17 +253,17 @@ class Names:
                 take_back = await self._hiding.link(new, new_name, replaced, cred, request)
         asked_at = time.monotonic()
         try:
-            with self._hiding.removal(replaced):
+            with self._hiding.removal(replaced), self._directories.changing((old, name), (new, new_name)):
                 result = await self._client.rename(cred, old.fh, name, new.fh, new_name, again=request.again)
+                self._attributes.update_wcc(old, result.from_wcc, asked_at)
+                if new is not old:
+                    self._attributes.update_wcc(new, result.to_wcc, asked_at)
         except SERVER_ERRORS:
             if take_back is not None:
                 await take_back()
             raise
         if replaced is not None:
             self._attributes.expire(replaced)
-        self._attributes.update_wcc(old, result.from_wcc, asked_at)
-        if new is not old:
-            self._attributes.update_wcc(new, result.to_wcc, asked_at)
         self._renamed(old, name, new, new_name)
 
     async def _rename_to_free_name(
@@ -273,14 +287,17 @@ class Names:
             return False
         asked_at = time.monotonic()
         try:
-            linked = await self._client.link(cred, source.fh, new.fh, new_name, again=request.again)
+            with self._directories.changing((new, new_name)):
+                linked = await self._client.link(cred, source.fh, new.fh, new_name, again=request.again)
+                self._attributes.update_wcc(new, linked.wcc, asked_at)
         except NfsError as error:
             if error.status in NO_LINKS:
                 return False
             raise
-        self._attributes.update_wcc(new, linked.wcc, asked_at)
-        removed = await self._client.remove(cred, old.fh, name)
-        self._attributes.update_wcc(old, removed.wcc, asked_at)
+        asked_at = time.monotonic()
+        with self._directories.changing((old, name)):
+            removed = await self._client.remove(cred, old.fh, name)
+            self._attributes.update_wcc(old, removed.wcc, asked_at)
         self._renamed(old, name, new, new_name)
         return True
 
@@ -294,14 +311,13 @@ class Names:
         else:
             return False
         await self._client.lookup(cred, new.fh, new_name)  # NOENT: it was never there to be renamed
-        for directory in (old, new):
+        for directory, changed in ((old, name), (new, new_name)):
             self._attributes.expire(directory)
+            self._directories.changed(directory, changed)
         self._renamed(old, name, new, new_name)
         return True
 
     def _renamed(self, old: Inode, name: bytes, new: Inode, new_name: bytes) -> None:
-        self._directories.changed(old, name)
-        self._directories.changed(new, new_name)
         moved = self._inodes.at(old.ino, name)
         if moved is not None:
             self._inodes.moved(old.ino, name, new.ino, new_name)
