@@ -182,6 +182,7 @@ class Mount:
                 drained = True
             elif "upgrade_failed" in message:
                 drained = False
+                self._fs.rejoin()
                 if message.get("served"):
                     resend(fuse_fd)
                 wire.resume()

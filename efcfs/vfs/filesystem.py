@@ -122,6 +122,10 @@ class FileSystem:
         self.dirty.leave()
         self._nursery.cancel_scope.cancel()
 
+    def rejoin(self) -> None:
+        """Go on: the other daemon has failed. Raises OSError."""
+        self._inodes.rejoin()
+
     @property
     def open_handles(self) -> int:
         return len(self._table)

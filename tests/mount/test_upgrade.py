@@ -220,3 +220,44 @@ def test_options_change_with_the_upgrade_and_stay_after_a_failover(own: Mount) -
         assert links_and_memory() == (7 + 1, 64 * MIB)
         assert upgrade(own) == ""
         assert links_and_memory() == (7 + 1, 64 * MIB)
+
+
+def test_versions_with_and_without_writemap_go_on_with_the_same_index_in_turn(
+    own: Mount, export: Path, tmp_path: Path
+) -> None:
+    plain = other_version(
+        tmp_path / "plain",
+        writemap=("vfs/environment.py", "writemap=has_memory", "writemap=False"),
+        map=("vfs/environment.py", "map_size=self._map_bytes", "map_size=4 << 30"),
+    )
+    with own:
+        here = Place.of(own, export).here
+        inodes: dict[str, int] = {}
+        for turn in range(4):
+            for i in range(300):
+                (here / f"{turn}-{i}").write_bytes(b"%d" % i)
+            inodes |= {entry.name: entry.inode() for entry in os.scandir(here)}
+            assert upgrade(own, *([] if turn % 2 else ["--python", str(plain)])) == ""
+            assert {name: (here / name).stat().st_ino for name in inodes} == inodes
+        assert own.status()["upgrades"] == 4 and own.status()["failovers"] == 0
+
+
+def test_a_new_daemon_that_fails_after_it_wrote_much_into_the_index_leaves_the_old_one(
+    own: Mount, export: Path, tmp_path: Path
+) -> None:
+    much = """fs.adopt()
+            from efcfs.nfs.nfs3 import Fattr
+            from efcfs.vfs.inodes import Found
+            inodes.enter(
+                Found(ROOT_INO, b"%d" % i, b"handle %d" % i, Fattr(1, 0, 1, 0, 0, 0, 0, 0, 0, 1, i, 0, 0, 0))
+                for i in range(10**9, 10**9 + 60_000)
+            )
+            1 / 0
+"""
+    failing = other_version(tmp_path / "failing", adopt=("vfs/filesystem.py", "fs.adopt()\n", much))
+    with own:
+        here, before = Place.of(own, export).here, own.status()
+        assert "internal error (division by zero)" in upgrade(own, "--python", str(failing))
+        for i in range(300):
+            (here / f"{i}").write_bytes(b"%d" % i)
+        assert own.status()["daemon_pid"] == before["daemon_pid"]
