@@ -101,6 +101,7 @@ def told(operation: str, error: Exception) -> FUSEError:
     if isinstance(error, (OSError, *SERVER_ERRORS)):
         return FUSEError(errno_of(error))
     if isinstance(error, KeyError):
+        log.info("%s: node or handle %s is not known", operation, error)
         return FUSEError(errno.ESTALE)
     log.error("bug: %s failed", operation, exc_info=error)
     return FUSEError(errno.EIO)

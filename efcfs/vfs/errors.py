@@ -59,6 +59,8 @@ def errno_of(error: Exception) -> int:
     if isinstance(error, NfsError):
         if error.status in _WORTH_A_LINE or error.status not in ERRNO_OF_STATUS:
             log.error("server answered %s", error)
+        elif error.status == nfs3.NFS3ERR_STALE:
+            log.info("server answered %s", error)
         return ERRNO_OF_STATUS.get(error.status, errno.EIO)
     if isinstance(error, ServerAway):
         return errno.ETIMEDOUT
