@@ -1,7 +1,8 @@
 /* A load generator: one operation, over and over, by a number of processes.
  *
  * usage: load OPERATION DIRECTORY FILES CLIENTS SECONDS
- * "make" creates, writes and closes FILES files of 32 KiB, once, in SECONDS at most.
+ * "make" creates, writes and closes FILES files of 32 KiB, once, in SECONDS at most; "make-apart" does so in a
+ * directory for each client, DIRECTORY/0, DIRECTORY/1 …
  * Files are DIRECTORY/f0 … f(FILES-1). Prints "operations seconds p50_us p99_us". In C, so that the figure is
  * the file system's and not the client's.
  */
@@ -37,7 +38,8 @@ static int compare(const void *a, const void *b) {
 int main(int argc, char **argv) {
     if (argc != 6) { fprintf(stderr, "usage: load OPERATION DIRECTORY FILES CLIENTS SECONDS\n"); return 1; }
     const char *op = argv[1], *dir = argv[2];
-    int files = atoi(argv[3]), clients = atoi(argv[4]), make = !strcmp(op, "make");
+    int files = atoi(argv[3]), clients = atoi(argv[4]), apart = !strcmp(op, "make-apart");
+    int make = apart || !strcmp(op, "make");
     double seconds = atof(argv[5]);
     float *latency = mmap(NULL, sizeof(float) * SAMPLES * clients, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     long *count = mmap(NULL, sizeof(long) * clients, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -65,7 +67,7 @@ int main(int argc, char **argv) {
                 int fd = open(path, O_RDONLY);
                 check(fd < 0 || read(fd, block, bytes) < 0 || close(fd), path);
             } else if (make || !strcmp(op, "create")) {
-                snprintf(path, sizeof path, "%s/new-%d-%ld", dir, c, n);
+                snprintf(path, sizeof path, apart ? "%s/%d/new-%ld" : "%s/new-%d-%ld", dir, c, n);
                 int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
                 check(fd < 0 || write(fd, block, bytes) != (ssize_t)bytes || close(fd), path);
             } else if (!strcmp(op, "readdir")) {

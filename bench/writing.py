@@ -2,8 +2,8 @@
 
     .venv/bin/python -m bench.writing [--mib 1024] [--files 2000] [--rounds 3]
 
-A large file in 1 MiB writes and fsync; 4 KiB appends; small files created, written and closed by 8 clients. What is
-closed or synced is committed on the server, also by the bare client.
+A large file in 1 MiB writes and fsync; 4 KiB appends; small files created, written and closed by 8 clients, in one
+directory and in one each. What is closed or synced is committed on the server, also by the bare client.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def mount_write(path: Path, mib: int) -> None:
         os.fsync(file.fileno())
 
 
-def bare_small_files(server: Ganesha, directory: str, files: int) -> float:
+def bare_small_files(server: Ganesha, directory: str, files: int, *, apart: bool) -> float:
     """CREATE, UNSTABLE WRITE and COMMIT by 8 workers. Returns files a second."""
     data = memoryview(os.urandom(SMALL_FILE_BYTES))
     elapsed_s = 0.0
@@ -72,11 +72,11 @@ def bare_small_files(server: Ganesha, directory: str, files: int) -> float:
     async def work(client: Client) -> None:
         nonlocal elapsed_s
         cred = own_credential()
-        parent = (await client.lookup(cred, client.root_fh, directory.encode())).fh
-        assert parent is not None
+        top = (await client.lookup(cred, client.root_fh, directory.encode())).fh
+        assert top is not None
         numbers = iter(range(files))
 
-        async def worker() -> None:
+        async def worker(parent: bytes) -> None:
             for number in numbers:
                 fh = (await client.create(cred, parent, b"f%d" % number, nfs3.Sattr(mode=0o644, size=0))).fh
                 assert fh is not None
@@ -84,10 +84,12 @@ def bare_small_files(server: Ganesha, directory: str, files: int) -> float:
                 assert written.count == len(data)
                 await client.commit(cred, fh)
 
+        parents = [(await client.lookup(cred, top, b"%d" % i)).fh if apart else top for i in range(CLIENTS)]
         started = time.perf_counter()
         async with trio.open_nursery() as nursery:
-            for _ in range(CLIENTS):
-                nursery.start_soon(worker)
+            for parent in parents:
+                assert parent is not None
+                nursery.start_soon(worker, parent)
         elapsed_s = time.perf_counter() - started
 
     with_client(server, work)
@@ -146,18 +148,24 @@ def appends(low: Path, mount: Mount, number: int, speeds: Speeds) -> None:
         speeds.setdefault(f"4 KiB appends and close, {whose}, 1/s", []).append(with_close)
 
 
-def small_files(server: Ganesha, mount: Mount, number: int, files: int, speeds: Speeds) -> None:
+def small_files(server: Ganesha, mount: Mount, number: int, files: int, speeds: Speeds, *, apart: bool) -> None:
+    """In one directory, where the kernel lets one client after the other make a name; or in one for each client."""
+    what = "small files apart" if apart else "small files"
     for whose in ("mount", "client library"):
-        directory = server.directory / f"small {whose} {number}"
+        directory = server.directory / f"{what} {whose} {number}"
         directory.mkdir()
+        if apart:
+            for i in range(CLIENTS):
+                (directory / str(i)).mkdir()
         drop_page_cache(then_touch_bytes=3 * files * SMALL_FILE_BYTES)
         if whose == "mount":
-            rate = Load("make", mount.path / directory.name, files, CLIENTS, MOST_S).per_second
+            operation = "make-apart" if apart else "make"
+            rate = Load(operation, mount.path / directory.name, files, CLIENTS, MOST_S).per_second
         else:
-            rate = bare_small_files(server, directory.name, files)
-        sizes = [entry.stat().st_size for entry in os.scandir(directory)]
+            rate = bare_small_files(server, directory.name, files, apart=apart)
+        sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
         assert sizes == [SMALL_FILE_BYTES] * files, "not all files are on the server"
-        speeds.setdefault(f"small files, {whose}, 1/s", []).append(rate)
+        speeds.setdefault(f"{what}, {whose}, 1/s", []).append(rate)
 
 
 def main() -> None:
@@ -178,7 +186,8 @@ def main() -> None:
         for number in range(asked.rounds):
             large_files(server, mount, source, asked.mib, speeds)
             appends(low, mount, number, speeds)
-            small_files(server, mount, number, asked.files, speeds)
+            small_files(server, mount, number, asked.files, speeds, apart=False)
+            small_files(server, mount, number, asked.files, speeds, apart=True)
     subprocess.run(["rm", "-rf", root], check=True)
     middle = {what: median(values) for what, values in speeds.items()}
 
@@ -192,6 +201,9 @@ def main() -> None:
             "large file, mount / client library": (ratio("large file", "client library", "MB/s"), "≥", 0.9),
             "4 KiB appends, mount / floor": (ratio("4 KiB appends", "floor", "1/s"), "≥", 0.7),
             "small files, mount / client library": (ratio("small files", "client library", "1/s"), "≥", 0.5),
+            "small files apart, mount / client library": (
+                ratio("small files apart", "client library", "1/s"), "≥", 0.5,
+            ),
         },
     )  # fmt: skip
 
