@@ -7,6 +7,7 @@ a correct file system would not give, and goes on. It uses plain os calls and kn
 import contextlib
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -128,6 +129,7 @@ class Program:
 
     def fault(self, kind: list[str], line: str) -> None:
         kind.append(f"{time.monotonic():.3f} program {self.number}: {line}")
+        print(kind[-1], file=sys.stderr, flush=True)
 
     # What the actions choose from
 
