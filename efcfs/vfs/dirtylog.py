@@ -13,6 +13,7 @@ daemon may be killed between any two stores.
 This module knows no files and no server: a record has the number of the handle that it was written through.
 """
 
+import contextlib
 import itertools
 import logging
 import mmap
@@ -45,13 +46,15 @@ _LENGTH = struct.Struct("<I")
 _LENGTH_AT = 32
 _STATE_AT = _RECORD.size
 HEAD_BYTES = 64
+# <sys/mman.h>, Linux 5.14; `mmap` has no name for it.
+MADV_POPULATE_WRITE = 23
 NONE, KEPT, DONE = range(3)
 
 
 class Segment:
     """One file of the log, mapped."""
 
-    __slots__ = ("end", "generation", "live", "path", "undone", "view")
+    __slots__ = ("_has_pages", "_map", "end", "generation", "live", "path", "undone", "view")
 
     def __init__(self, path: Path) -> None:
         """Raises OSError (ENOSPC); a file that was there before stays then, with what it has."""
@@ -60,22 +63,34 @@ class Segment:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # Memory that is not there when it is written to would end the daemon with SIGBUS. What was left has it,
-            # and is mapped without its pages: 2 ms less for each before it is served.
+            # and is mapped without its pages until it is used again: 2 ms less for each before it is served.
             if fresh:
                 os.posix_fallocate(fd, 0, SEGMENT_BYTES)
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if fresh else 0)
-            self.view = memoryview(mmap.mmap(fd, SEGMENT_BYTES, flags=flags))
+            self._map = mmap.mmap(fd, SEGMENT_BYTES, flags=flags)
         except OSError:
             if fresh:
                 path.unlink()
             raise
         finally:
             os.close(fd)
+        self._has_pages = fresh
+        self.view = memoryview(self._map)
         (self.generation,) = _GENERATION.unpack_from(self.view)
         self.end = HEAD_BYTES
         self.undone = 0
         # Records that are not done, and holds.
         self.live = 0
+
+    def map_pages(self) -> None:
+        """Requests are going to be read into it. The kernel then must not need this process to map a page: if it is
+        killed in that moment the program is told EIO, and the request is not there for the next daemon.
+        (4 times in 278 kills of the soak.)
+        """
+        if not self._has_pages:
+            self._has_pages = True
+            with contextlib.suppress(OSError):  # before 5.14, where a death costs the requests anyway
+                self._map.madvise(MADV_POPULATE_WRITE)
 
     def start_over(self) -> None:
         self.generation = int.from_bytes(os.urandom(8), "little")
@@ -128,7 +143,8 @@ class DirtyLog:
         self._segments: list[Segment] = []
         self._free: list[Segment] = []
         self._current: Segment | None = None
-        self._heap = memoryview(bytearray(REQUEST_BYTES))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE  # as in `Segment.map_pages`
+        self._heap = memoryview(mmap.mmap(-1, REQUEST_BYTES, flags=flags))
         self._sequence = 0
         self._numbers = itertools.count(1)
         # After a failure to make a segment no other try before this (monotonic s).
@@ -270,6 +286,7 @@ class DirtyLog:
         else:
             segment = self._new() if len(self._segments) < self._most_segments else None
         if segment is not None:
+            segment.map_pages()
             segment.start_over()
             self._current = segment
             if old is not None and not old.live:

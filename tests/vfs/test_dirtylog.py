@@ -129,3 +129,23 @@ def test_without_room_nothing_is_kept_until_something_is_done() -> None:
         for record in records:
             log.done(record, MIB)
         assert log.keep(1, 0, memoryview(bytes(MIB)), None) is not None
+
+
+def test_the_kernel_finds_every_page_of_the_buffer_mapped() -> None:
+    """Or a daemon that is killed while the kernel copies a request costs the program that request (EIO)."""
+
+    def mapped_kib(path: Path) -> int:
+        _, _, smaps = Path("/proc/self/smaps").read_text().partition(f"{path}\n")
+        return next(int(line.split()[1]) for line in smaps.splitlines() if line.startswith("Rss:"))
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        log = DirtyLog(Path(directory), SEGMENT_BYTES)
+        log.buffer()
+        segment = Path(directory) / "segment-1"
+        assert mapped_kib(segment) == SEGMENT_BYTES // 1024
+        del log
+        after = DirtyLog(Path(directory), SEGMENT_BYTES)
+        assert after.left() == []
+        assert mapped_kib(segment) < SEGMENT_BYTES // 1024
+        after.buffer()
+        assert mapped_kib(segment) == SEGMENT_BYTES // 1024
