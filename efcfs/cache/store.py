@@ -9,6 +9,7 @@ but that a version can be told, and runs in the event loop; what blocks, it send
 behind when the mount ends: a disk that hangs must not keep it.
 """
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 MAX_FILES = 1024
 # Smaller files are read into a buffer: mapping one and taking its page faults costs more than the copy.
 MAPPED_BYTES = 512 * 1024
+# <sys/mman.h>, Linux 5.14; `mmap` has no name for it.
+MADV_POPULATE_READ = 22
 # So little is claimed and written in one transaction, which saves 15 µs, and holds up others for as long.
 KEPT_AT_ONCE_BYTES = 256 * 1024
 HOUSEKEEPING_S = 0.5
@@ -52,7 +55,7 @@ class CachedFile:
     `unset`: the identity for which the index does not yet say that this is the present version.
     """
 
-    __slots__ = ("_mapped", "fd", "filling", "index", "key", "size_bytes", "unset")
+    __slots__ = ("_has_pages", "_map", "_mapped", "fd", "filling", "index", "key", "size_bytes", "unset")
 
     def __init__(self, key: bytes, index: Index, size_bytes: int, fd: int, unset: bytes | None) -> None:
         self.key = key
@@ -60,15 +63,41 @@ class CachedFile:
         self.unset = unset
         self.size_bytes = size_bytes
         self.fd = fd
+        self._map: mmap.mmap | None = None
         self._mapped: memoryview | None = None
+        # The chunks of each extent whose pages are mapped.
+        self._has_pages: dict[int, int] = {}
         self.filling: dict[int, trio.Event] = {}
 
     @property
     def view(self) -> memoryview:
         """All of it, as it is in memory."""
         if self._mapped is None:
-            self._mapped = memoryview(mmap.mmap(self.fd, self.size_bytes, prot=mmap.PROT_READ))
+            self._map = mmap.mmap(self.fd, self.size_bytes, prot=mmap.PROT_READ)
+            self._mapped = memoryview(self._map)
         return self._mapped
+
+    def map_pages(self, number: int, wanted: int) -> None:
+        """Map the pages of these chunks, which are in memory and follow each other.
+
+        An answer must not need this process to map a page: if it is killed while the kernel copies, the program is told
+        EIO, and the request is not there for the next daemon (13 times in 60 kills of four readers of 1 MiB).
+        """
+        known = self._has_pages.get(number, 0)
+        missing = wanted & ~known
+        if not missing:
+            return
+        self._has_pages[number] = known | missing
+        first = (missing & -missing).bit_length() - 1
+        start = number * EXTENT_BYTES + first * CHUNK_BYTES
+        end = min(number * EXTENT_BYTES + missing.bit_length() * CHUNK_BYTES, self.size_bytes)
+        assert self.view.obj is self._map and self._map is not None
+        with contextlib.suppress(OSError):  # before 5.14, where a death costs the requests anyway
+            self._map.madvise(MADV_POPULATE_READ, start, end - start)
+
+    def filled(self, number: int) -> None:
+        """The extent has other pages than before."""
+        self._has_pages.pop(number, None)
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -168,6 +197,8 @@ class Store:
             memory.touch(key, number)
             if self._verify_memory and not self._matches(file, number, wanted):
                 return None
+            if file.size_bytes >= MAPPED_BYTES:
+                file.map_pages(number, wanted)
         memory.counters.hits += 1
         if file.size_bytes >= MAPPED_BYTES:
             return file.view[offset:end]
@@ -429,6 +460,7 @@ class Store:
             self._not_kept(error)
             return False
         file.unset = None
+        file.filled(number)
         return kept
 
     def _matches(self, file: CachedFile, number: int, wanted: int) -> bool:
