@@ -53,3 +53,9 @@ def small_tmpfs(directory: Path, size_bytes: int) -> None:
     """Put a small file system at `directory`, to be filled up; the caller unmounts it."""
     directory.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "small", directory], check=True)
+
+
+def mapped_kib(path: str | Path) -> int:
+    """How much is mapped of the files below a path, page by page, in this process; of no path more than one mapping."""
+    _, _, smaps = Path("/proc/self/smaps").read_text().partition(f"{path}")
+    return next(int(line.split()[1]) for line in smaps.splitlines() if line.startswith("Rss:"))

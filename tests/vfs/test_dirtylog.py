@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from efcfs.vfs.dirtylog import REQUEST_HEAD_BYTES, SEGMENT_BYTES, DirtyLog, Record
-from tests.place import small_tmpfs
+from tests.place import mapped_kib, small_tmpfs
 
 MIB = 1024 * 1024
 
@@ -133,10 +133,6 @@ def test_without_room_nothing_is_kept_until_something_is_done() -> None:
 
 def test_the_kernel_finds_every_page_of_the_buffer_mapped() -> None:
     """Or a daemon that is killed while the kernel copies a request costs the program that request (EIO)."""
-
-    def mapped_kib(path: Path) -> int:
-        _, _, smaps = Path("/proc/self/smaps").read_text().partition(f"{path}\n")
-        return next(int(line.split()[1]) for line in smaps.splitlines() if line.startswith("Rss:"))
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         log = DirtyLog(Path(directory), SEGMENT_BYTES)
