@@ -223,8 +223,9 @@ class FileSystem:
             return before[1]
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self.attributes.refuse_immutable(inode)
-        while ino in self._hiding.removals:
+        if ino in self._hiding.removals:
             await in_task()
+        while ino in self._hiding.removals:
             await self._hiding.removals[ino].wait()
         file = opening.begin(inode)
         try:

@@ -215,8 +215,9 @@ class Writer:
     async def flush(self, file: OpenFile) -> None:
         """Wait until the server has all that was written before this call (unstably). Never raises."""
         waiting = [e for e in file.extents if e.state in (DIRTY, SENDING)]
+        if waiting:
+            await in_task()  # before looking again: what is waited for may come meanwhile
         while any(e.state in (DIRTY, SENDING) for e in waiting):
-            await in_task()
             self._send_ready(file)
             await file.changed.park()
 
@@ -368,8 +369,9 @@ class Writer:
 
     async def _commit(self, file: OpenFile) -> None:
         """Commit what is unstable now; what the server lost becomes dirty again."""
-        while file.committing:
+        if file.committing:
             await in_task()
+        while file.committing:
             await file.changed.park()
         unstable = [(e, e.verifier) for e in file.extents if e.state is UNSTABLE]
         if not unstable:

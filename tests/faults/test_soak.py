@@ -109,6 +109,15 @@ def test_a_part_of_the_daemon_that_fails_costs_time_and_nothing_else(
         assert_deaths_cost_nothing(own_server, mount, death, ("internal error (it is Tuesday): see the log",))
 
 
+def test_no_call_of_eight_programs_takes_seconds_while_nothing_happens(own_server: Ganesha, tmp_path: Path) -> None:
+    """An fsync that misses its answer would wait for the next COMMIT, five seconds."""
+    with Mount(own_server, tmp_path / "mnt") as mount:
+        outcome = soak(own_server, mount, Plan(quiet_s=8.0))
+    assert outcome.errors == [] and outcome.wrong == []
+    pauses, _ = outcome.pauses(outcome.quiet)
+    assert longest(pauses) < Pause(2, "")
+
+
 def assert_deaths_cost_nothing(
     server: Ganesha, mount: Mount, death: Callable[[int], None], why: tuple[str, ...]
 ) -> None:
