@@ -135,6 +135,8 @@ class Opening:
     async def came_to_nothing(self, file: OpenFile, cred: Credential) -> None:
         """An open(2) that failed or was given up, and nobody else has the file open."""
         await in_task()
+        if file.handles or file.opening:
+            return  # opened again meanwhile
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
             await self.closed(file, cred)
 
