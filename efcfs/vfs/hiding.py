@@ -51,12 +51,18 @@ class Hiding:
         if target is None or target.open_file is not None:
             yield
             return
-        done = self.removals[target.ino] = trio.Event()
+        with self._unopened(target.ino):
+            yield
+
+    @contextlib.contextmanager
+    def _unopened(self, ino: int) -> Iterator[None]:
+        """Who opens the file waits."""
+        done = self.removals[ino] = trio.Event()
         try:
             yield
         finally:
-            if self.removals.get(target.ino) is done:
-                del self.removals[target.ino]
+            if self.removals.get(ino) is done:
+                del self.removals[ino]
             done.set()
 
     async def hide(self, directory: Inode, old_name: bytes, target: Inode, cred: Credential, request: Request) -> None:
@@ -145,15 +151,26 @@ class Hiding:
         """Nobody has it open any more. It counts as open until its hidden name, which counts as a link, is gone."""
         assert file.sillyname is not None
         parent, name = file.sillyname
-        await self._remove(self._inodes.get(parent), name, cred)
+        with self._unopened(file.ino):
+            await self._remove(self._inodes.get(parent), name, cred)
         file.sillyname = None
         self._inodes.unhidden(file.ino)
         self._attributes.lose(self._inodes.get(file.ino))
 
     async def remove_left(self, ino: int) -> None:
-        """Of a file that nobody has open: a daemon before us died before it could remove the name."""
+        """Of a file that nobody had open when a daemon before us died, before it could remove the name.
+
+        An open(2) that died with it comes again and may be first: then the name goes at last close.
+        """
         hidden = self._inodes.hidden_name(ino)
-        if hidden is not None:
+        if hidden is None:
+            return
+        with contextlib.suppress(KeyError):  # the kernel has forgotten the file
+            file = self._inodes.get(ino).open_file
+            if file is not None:
+                file.sillyname = hidden
+                return
+        with self._unopened(ino):
             with contextlib.suppress(KeyError):  # its directory is gone
                 await self._remove(self._inodes.get(hidden[0]), hidden[1], own_credential())
             self._inodes.unhidden(ino)
