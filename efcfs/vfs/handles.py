@@ -145,7 +145,7 @@ class Handles:
             self._free.append(at)
 
     def set_error(self, number: int, error: int) -> None:
-        """What the handle's next fsync or close has to report; 0: nothing any more."""
+        """What the next fsync or close has to report, should it come to another daemon; 0: nothing."""
         at = self._at.get(number)
         if at is not None:
             _ERROR.pack_into(self._map, at + _ERROR_AT, error)

@@ -237,8 +237,8 @@ class Writer:
     def new_error(self, handle: Handle) -> int | None:
         """The errno of a write that failed since this handle last asked."""
         error, handle.error = handle.error, 0
-        if error:
-            self._handles.set_error(handle.number, 0)
+        # Noted until the next call: a daemon that dies before its answer is out leaves the error to the one after it.
+        self._handles.set_error(handle.number, error)
         return error or None
 
     @contextlib.contextmanager

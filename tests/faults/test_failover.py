@@ -149,20 +149,23 @@ def test_what_was_fsynced_is_on_the_server_when_daemon_keeper_and_mount_are_gone
 
 FAILING_WRITER = """
 import os, sys
-fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
-os.write(fd, os.urandom(8 << 20))
-print("written", flush=True)
-sys.stdin.readline()
-for call in (os.fsync, os.fsync, os.close):
+def errno_of(call):
     try:
         call(fd)
-        print(0)
     except OSError as error:
-        print(error.errno)
+        return error.errno
+    return 0
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+os.write(fd, os.urandom(8 << 20))
+print("written", *(errno_of(os.fsync) for _ in range(int(sys.argv[2]))), flush=True)
+sys.stdin.readline()
+print(*map(errno_of, (os.fsync, os.fsync, os.close)))
 """
 
 
-def test_a_failed_write_is_reported_once_by_the_next_daemon(tmp_path: Path) -> None:
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Mount]:
+    """A mount whose server has room for 4 MiB."""
     small = tmp_path / "exported"
     small_tmpfs(small, 4 * MIB)
     try:
@@ -170,14 +173,31 @@ def test_a_failed_write_is_reported_once_by_the_next_daemon(tmp_path: Path) -> N
             mount = Mount(server, tmp_path / "mnt")
             mount.daemon_may_die = True
             with mount:
-                with Waiting(FAILING_WRITER, mount.path / "file") as process:
-                    assert process.told() == "written"
-                    wait_until(lambda: mount.status()["dirty_bytes"] == 0)
-                    kill_daemon(mount)
-                    told = process.end()
-                assert told.split() == [str(errno.ENOSPC), "0", "0"]
+                yield mount
     finally:
         subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_a_failed_write_is_reported_once_by_the_next_daemon(full: Mount) -> None:
+    with Waiting(FAILING_WRITER, full.path / "file", 0) as process:
+        assert process.told() == "written"
+        wait_until(lambda: full.status()["dirty_bytes"] == 0)
+        kill_daemon(full)
+        assert process.end().split() == [str(errno.ENOSPC), "0", "0"]
+
+
+def test_an_error_that_a_dead_daemon_may_have_told_or_not_is_told_again(full: Mount) -> None:
+    with Waiting(FAILING_WRITER, full.path / "file", 1) as process:
+        assert process.told() == f"written {errno.ENOSPC}"
+        kill_daemon(full)
+        assert process.end().split() == [str(errno.ENOSPC), "0", "0"]
+
+
+def test_an_error_that_was_told_and_passed_is_not_told_by_the_next_daemon(full: Mount) -> None:
+    with Waiting(FAILING_WRITER, full.path / "file", 2) as process:
+        assert process.told() == f"written {errno.ENOSPC} 0"
+        kill_daemon(full)
+        assert process.end().split() == ["0", "0", "0"]
 
 
 def names_changed_by(here: Path) -> list[Callable[[], object]]:
