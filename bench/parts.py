@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from efcfs.keeper.kernel import set_read_ahead
-from efcfs.nfs.client import Client, ServerOptions, connect
+from efcfs.nfs.client import Client
+from efcfs.nfs.connect import ServerOptions, connect
 from tests.bed import Ganesha
 
 MIB = 1024 * 1024

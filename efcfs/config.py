@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
-from efcfs.nfs.client import ServerOptions
+from efcfs.nfs.connect import ServerOptions
 from efcfs.vfs.consistency import RuleError, parse_rules
 
 # mount(2) flags

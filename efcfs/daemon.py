@@ -22,15 +22,17 @@ from pathlib import Path
 import trio
 
 from efcfs import __version__, control
+from efcfs.cache.damage import TRY_ALL_S, TRY_S
 from efcfs.cache.index import Unusable
 from efcfs.cache.store import Store
-from efcfs.cache.tier import TRY_ALL_S, TRY_S, Tier
+from efcfs.cache.tier import Tier
 from efcfs.config import MIN_MEM_BYTES, MountConfig, memory_bytes
 from efcfs.fuse.notify import KernelCaches, resend
 from efcfs.fuse.session import Session
 from efcfs.fuse.wire import Wire
 from efcfs.keeper import MESSAGE_BYTES, log_to
-from efcfs.nfs.client import Client, ConnectError, Known, connect, own_credential
+from efcfs.nfs.client import Client, Known, own_credential
+from efcfs.nfs.connect import ConnectError, connect
 from efcfs.nfs.nursery import open_nursery
 from efcfs.vfs.attributes import Timeouts
 from efcfs.vfs.consistency import Consistency

@@ -6,7 +6,7 @@ from pathlib import Path
 import trio
 
 from efcfs.config import MountConfig
-from efcfs.nfs.client import ConnectError, connect
+from efcfs.nfs.connect import ConnectError, connect
 from efcfs.vfs.handles import OtherVersion
 from efcfs.vfs.recover import open_unwritten
 

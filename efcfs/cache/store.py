@@ -9,21 +9,22 @@ but that a version can be told, and runs in the event loop; what blocks, it send
 behind when the mount ends: a disk that hangs must not keep it.
 """
 
-import contextlib
 import errno
 import logging
-import mmap
 import os
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import lmdb
 import trio
 import xxhash
 
-from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Change, Index, Victim
-from efcfs.cache.tier import DAMAGE, HIGH_WATER, Leaving, Tier, checksum
+from efcfs.cache.damage import DAMAGE
+from efcfs.cache.demotion import Demotion
+from efcfs.cache.file import CachedFile, file_key
+from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Change
+from efcfs.cache.tier import HIGH_WATER, Tier, checksum
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 MAX_FILES = 1024
 # Smaller files are read into a buffer: mapping one and taking its page faults costs more than the copy.
 MAPPED_BYTES = 512 * 1024
-# <sys/mman.h>, Linux 5.14; `mmap` has no name for it.
-MADV_POPULATE_READ = 22
 # So little is claimed and written in one transaction, which saves 15 µs, and holds up others for as long.
 KEPT_AT_ONCE_BYTES = 256 * 1024
 HOUSEKEEPING_S = 0.5
@@ -42,70 +41,9 @@ LINE_S = 60.0
 MAX_IDLE_BUFFERS = 16
 # A little below where eviction ends.
 CROWDED = 0.85
-MAX_LEAVING_BYTES = 32 * 1024 * 1024
 
 # Fills the memory from an offset of the file; False: the bytes are not (or not surely) of this version.
 Fetch = Callable[[int, memoryview], Awaitable[bool]]
-
-
-class CachedFile:
-    """A version of a file. `filling` has an event for each extent that somebody fetches now.
-
-    `index` tells of its bytes, and no other does: memory has another one after a failure.
-    `unset`: the identity for which the index does not yet say that this is the present version.
-    """
-
-    __slots__ = ("_has_pages", "_map", "_mapped", "fd", "filling", "index", "key", "size_bytes", "unset")
-
-    def __init__(self, key: bytes, index: Index, size_bytes: int, fd: int, unset: bytes | None) -> None:
-        self.key = key
-        self.index = index
-        self.unset = unset
-        self.size_bytes = size_bytes
-        self.fd = fd
-        self._map: mmap.mmap | None = None
-        self._mapped: memoryview | None = None
-        # The chunks of each extent whose pages are mapped.
-        self._has_pages: dict[int, int] = {}
-        self.filling: dict[int, trio.Event] = {}
-
-    @property
-    def view(self) -> memoryview:
-        """All of it, as it is in memory."""
-        if self._mapped is None:
-            self._map = mmap.mmap(self.fd, self.size_bytes, prot=mmap.PROT_READ)
-            self._mapped = memoryview(self._map)
-        return self._mapped
-
-    def map_pages(self, number: int, wanted: int) -> None:
-        """Map the pages of these chunks, which are in memory and follow each other.
-
-        An answer must not need this process to map a page: if it is killed while the kernel copies, the program is told
-        EIO, and the request is not there for the next daemon (13 times in 60 kills of four readers of 1 MiB).
-        """
-        known = self._has_pages.get(number, 0)
-        missing = wanted & ~known
-        if not missing:
-            return
-        self._has_pages[number] = known | missing
-        first = (missing & -missing).bit_length() - 1
-        start = number * EXTENT_BYTES + first * CHUNK_BYTES
-        end = min(number * EXTENT_BYTES + missing.bit_length() * CHUNK_BYTES, self.size_bytes)
-        assert self.view.obj is self._map and self._map is not None
-        with contextlib.suppress(OSError):  # before 5.14, where a death costs the requests anyway
-            self._map.madvise(MADV_POPULATE_READ, start, end - start)
-
-    def filled(self, number: int) -> None:
-        """The extent has other pages than before."""
-        self._has_pages.pop(number, None)
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-
-def file_key(identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> bytes:
-    """The name of one version of a file; `identity` tells which file of which server."""
-    return xxhash.xxh3_128_digest(b"%b %d %d %d" % (identity, size_bytes, mtime_ns, ctime_ns))
 
 
 class Store:
@@ -123,11 +61,7 @@ class Store:
         self._next_line_at = 0.0
         self._idle_buffers: list[memoryview] = []
         self._answer = memoryview(bytearray(MAPPED_BYTES))
-        # On their way to a disk.
-        self._leaving: deque[Leaving] = deque()
-        self._demotions = trio.Event()
-        self._writing = False
-        self._written = trio.Event()
+        self._demotion = Demotion(self.memory, self.disks)
 
     @property
     def tiers(self) -> list[Tier]:
@@ -136,7 +70,7 @@ class Store:
     async def run(self) -> None:
         """Evict, demote, probe and note what was used, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write_demoted)
+            nursery.start_soon(self._demotion.run)
             nursery.start_soon(self._remove_strangers)
             while True:
                 with trio.move_on_after(HOUSEKEEPING_S):
@@ -318,27 +252,11 @@ class Store:
                 txn.promote(key, number)
         except (OSError, lmdb.Error) as error:
             self._not_kept(error)
-        saved = not self.disks or await trio.to_thread.run_sync(self._save, key, number)
-        while self._leaving_bytes() > MAX_LEAVING_BYTES // 2:
-            await self._written.wait()
-        return saved
+        return not self.disks or await self._demotion.save(key, number)
 
     async def saved(self) -> None:
         """Until all that is on its way to a disk is there."""
-        while self._leaving or self._writing:
-            await self._written.wait()
-
-    def _save(self, key: bytes, number: int) -> bool:
-        record = self.memory.index.look(key, number)
-        victim = Victim(key, number, record) if record is not None else None
-        disk = self._disk_of(victim) if victim is not None else None
-        if victim is None or disk is None or not disk.lacks(victim):
-            return victim is not None
-        leaving = self.memory.take_out(victim)
-        if leaving is not None:
-            self._leaving.append(leaving)
-            trio.from_thread.run_sync(self._demotions.set)
-        return leaving is not None
+        await self._demotion.done()
 
     def cached_bytes(self, identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> dict[str, int]:
         """How much of the file each tier has, and all of them together ("any"), every chunk verified.
@@ -479,7 +397,7 @@ class Store:
         self.memory.drop_file(key)  # the disks' copy is never asked for again, and leaves in its time
 
     def _keep_house(self) -> None:
-        demote = self._demote if any(disk.usable() for disk in self.disks) else None
+        demote = self._demotion.demote if any(disk.usable() for disk in self.disks) else None
         for tier in self.tiers:
             try:
                 tier.probe()
@@ -505,42 +423,6 @@ class Store:
                 if tier.usable():
                     await trio.to_thread.run_sync(tier.remove_strangers, abandon_on_cancel=True)
 
-    def _demote(self, victim: Victim, take_out: Callable[[Victim], Leaving | None]) -> None:
-        """Queue what memory evicts for a disk; when the disks are slower than the readers, some of it is lost."""
-        disk = self._disk_of(victim)
-        if disk is None or not disk.lacks(victim):
-            return  # most of what is read from a disk leaves memory like this
-        if self._leaving_bytes() < MAX_LEAVING_BYTES:
-            leaving = take_out(victim)
-            if leaving is not None:
-                self._leaving.append(leaving)
-                trio.from_thread.run_sync(self._demotions.set)
-
-    async def _write_demoted(self) -> None:
-        while True:
-            await self._demotions.wait()
-            self._demotions = trio.Event()
-            while self._leaving:
-                self._writing = True
-                await trio.to_thread.run_sync(self._write_leaving, abandon_on_cancel=True)
-                self._writing = False
-                self._written.set()
-                self._written = trio.Event()
-
-    def _leaving_bytes(self) -> int:
-        return sum(len(leaving.data) for leaving in tuple(self._leaving))
-
-    def _write_leaving(self) -> None:
-        batch = [self._leaving.popleft() for _ in range(len(self._leaving))]
-        for disk in self.disks:
-            disk.write_extents([leaving for leaving in batch if self._disk_of(leaving.victim) is disk])
-
-    def _disk_of(self, victim: Victim) -> Tier | None:
-        """Each file has one disk; those of a disk that failed go to the others."""
-        usable = [disk for disk in self.disks if disk.usable()]
-        return usable[int.from_bytes(victim.key[:4], "big") % len(usable)] if usable else None
-
-
 def _write(fd: int, data: memoryview, offset: int) -> None:
     if os.pwrite(fd, data, offset) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -552,7 +434,6 @@ def _mask(number: int, offset: int, end: int) -> int:
     low = max(offset - start, 0) // CHUNK_BYTES
     high = min(-(-(end - start) // CHUNK_BYTES), CHUNKS)
     return (1 << high) - (1 << low)
-
 
 
 def _bytes_in(masks: Mapping[int, int], size_bytes: int) -> int:

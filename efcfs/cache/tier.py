@@ -29,6 +29,7 @@ from typing import NamedTuple
 import lmdb
 import xxhash
 
+from efcfs.cache.damage import DAMAGE, TRY_S, open_index, put_aside
 from efcfs.cache.index import (
     CHUNK_BYTES,
     CHUNKS,
@@ -53,8 +54,6 @@ VICTIMS_AT_ONCE = 16
 TOUCHES_AT_ONCE = 128
 STALE_RESERVATION_S = 120
 PROBE_S = 10.0
-# Reading an index before it is used, as a rule and after a crash.
-TRY_S, TRY_ALL_S = 0.1, 5.0
 # How many indexes that were put aside are kept, for who wants to know what happened.
 MAX_ASIDE = 3
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -71,11 +70,6 @@ class Leaving(NamedTuple):
     file_bytes: int
 
 
-# What LMDB says of a file that is not what it wrote.
-DAMAGE = (
-    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.IncompatibleError, lmdb.BadTxnError,
-    lmdb.PanicError, lmdb.VersionMismatchError, lmdb.PageFullError, lmdb.CursorFullError, lmdb.BadValsizeError,
-)  # fmt: skip
 # Given a victim, and what gets its bytes; must not wait.
 Demote = Callable[[Victim, Callable[[Victim], Leaving | None]], None]
 
@@ -131,7 +125,7 @@ class Tier:
 
     def _open(self, try_s: float) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.index = _open_index(self.directory, durable=not self.in_memory, try_s=try_s)
+        self.index = open_index(self.directory, durable=not self.in_memory, try_s=try_s)
 
     def close(self) -> None:
         if hasattr(self, "index"):  # a disk that was out from the beginning has none
@@ -523,7 +517,7 @@ class Tier:
             # What the old one has mapped may be gone: the disk may have been mounted again, or replaced.
             self.close()
             if self._damaged:
-                _put_aside(self.directory, "index is damaged")
+                put_aside(self.directory, "index is damaged")
                 self._damaged = False
             self._open(TRY_S)
             self.set_capacity(self.capacity_bytes)
@@ -533,42 +527,3 @@ class Tier:
             return
         self.failed_at = None
         log.warning("%s cache: %s is taken back", self.name, self.directory)
-
-
-def _open_index(directory: Path, *, durable: bool, try_s: float) -> Index:
-    """The index; one that cannot be used is put aside, and with it all that it alone knew the way to."""
-    if try_s and _fails(directory, durable=durable, try_s=try_s):
-        _put_aside(directory, "reading it fails")
-    try:
-        return Index(directory, durable=durable)
-    except (Unusable, *DAMAGE) as error:
-        _put_aside(directory, str(error))
-    try:
-        return Index(directory, durable=durable)
-    except DAMAGE as error:
-        raise Unusable(str(error)) from None
-
-
-def _put_aside(directory: Path, why: str) -> None:
-    aside = directory / f"index.bad-{time.time():.6f}"
-    log.error("cache in %s: %s; put aside as %s, the cache starts empty", directory, why, aside.name)
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(directory / "index.lmdb", aside)
-
-
-def _fails(directory: Path, *, durable: bool, try_s: float) -> bool:
-    """Try the index out in a child process: LMDB trusts its file, and may take who reads a damaged one down."""
-    if not (directory / "index.lmdb").exists():
-        return False
-    child = os.fork()
-    if child == 0:
-        try:
-            Index(directory, durable=durable).try_out(try_s)
-            os._exit(0)
-        except DAMAGE:
-            os._exit(1)
-        except (Unusable, OSError, lmdb.Error):
-            os._exit(0)  # the parent meets it too, and says why; a full disk is no damage
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] != 0

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import outcome
 import trio
 
-from efcfs.nfs import nfs3
+from efcfs.nfs import nfs3_replies
 from efcfs.nfs.light import Light, is_light, wait_for
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import LAST_FRAGMENT, Receiver, Record, RpcRefused, Sink, decode_reply, reply_xid
@@ -283,7 +283,7 @@ class Link:
         if call is None or call.sink is None:
             return None
         try:
-            payload = nfs3.read_payload(head, decode_reply(head))
+            payload = nfs3_replies.read_payload(head, decode_reply(head))
         except RpcRefused:
             return None
         if payload is None:
@@ -302,7 +302,7 @@ class Link:
         try:
             offset = decode_reply(body)
             if record.payload_bytes:
-                result: object = nfs3.decode_read_head(body, offset)
+                result: object = nfs3_replies.decode_read_head(body, offset)
             else:
                 result = call.decode(body, offset)
         except RpcRefused as refused:

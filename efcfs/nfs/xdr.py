@@ -2,7 +2,7 @@
 
 Rules of this room: no I/O, bytes in and values out. Whatever the input, a decoder returns a value or
 raises ProtocolError, and takes no more memory than the input has bytes. It must not know any program:
-what the values mean is for `rpc.py`, `portmap2.py`, `mount3.py` and `nfs3.py`.
+what the values mean is for `rpc.py`, `portmap2.py`, `mount3.py` and the `nfs3` modules.
 """
 
 import struct

@@ -22,7 +22,8 @@ from efcfs.nfs.rpc import Credential
 from efcfs.vfs.absent import Absent
 from efcfs.vfs.attributes import Attributes, version
 from efcfs.vfs.errors import SERVER_ERRORS
-from efcfs.vfs.inodes import Directory, Inode, Listings, NoRoom
+from efcfs.vfs.inodes import Inode
+from efcfs.vfs.listings import Directory, Listings, NoRoom
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import enum
 
 import trio
 
-from efcfs.cache.store import CachedFile
+from efcfs.cache.file import CachedFile
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.dirtylog import Record

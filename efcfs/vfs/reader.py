@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol
 
 import trio
 
+from efcfs.cache.file import CachedFile, file_key
 from efcfs.cache.index import EXTENT_BYTES
-from efcfs.cache.store import CachedFile, Store, file_key
+from efcfs.cache.store import Store
 from efcfs.nfs.client import Client
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.nursery import open_nursery

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import trio
 
+from efcfs.cache.file import file_key
 from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES
-from efcfs.cache.store import Store, file_key
+from efcfs.cache.store import Store
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError, own_credential
 from efcfs.nfs.nfs3 import Fattr

@@ -83,7 +83,7 @@ def framed(record: bytes, fragment_bytes: Sequence[int] = ()) -> bytes:
     return stream + u32(0x80000000 | len(record)) + record
 
 
-# -- arguments of NFS (RFC 1813 §3.3): the values that nfs3.*_args was called with -------------------
+# -- arguments of NFS (RFC 1813 §3.3): the values that nfs3_calls.*_args was called with -------------------
 
 
 def _fh(args: Decoder) -> bytes:
@@ -166,7 +166,7 @@ _ARGS: tuple[Callable[[Decoder], tuple[object, ...]], ...] = (
 
 
 def decode_args(procedure: int, args: bytes | memoryview) -> tuple[object, ...]:
-    """The values that the client gave to the procedure's encoder in `nfs3`."""
+    """The values that the client gave to the procedure's encoder in `nfs3_calls`."""
     decoder = Decoder(memoryview(args))
     values = _ARGS[procedure](decoder)
     decoder.done()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from efcfs.nfs import mount3, nfs3, portmap2, rpc, xdr
+from efcfs.nfs import mount3, nfs3, nfs3_calls, nfs3_replies, portmap2, rpc, xdr
 from efcfs.nfs.nfs3 import NS, Fattr, Sattr, Wcc, WccAttr
 from efcfs.nfs.rpc import Receiver, Record, RpcRefusal, RpcRefused, Sink
 from efcfs.nfs.xdr import ProtocolError
@@ -69,61 +69,61 @@ entries_plus = st.lists(
 
 # What results there are: values, the server's encoder, the client's decoder.
 RESULTS: dict[str, tuple[Values, Callable[[Any], bytes], Callable[[memoryview, int], object]]] = {
-    "GETATTR": (_either(nfs3.GetattrResult, [fattrs], [absent]), server.encode_getattr, nfs3.decode_getattr),
-    "SETATTR": (st.builds(nfs3.SetattrResult, statuses, wccs), server.encode_setattr, nfs3.decode_setattr),
+    "GETATTR": (_either(nfs3.GetattrResult, [fattrs], [absent]), server.encode_getattr, nfs3_replies.decode_getattr),
+    "SETATTR": (st.builds(nfs3.SetattrResult, statuses, wccs), server.encode_setattr, nfs3_replies.decode_setattr),
     "LOOKUP": (
         _either(nfs3.LookupResult, [handles, attrs, attrs], [absent, absent, attrs]),
-        server.encode_lookup, nfs3.decode_lookup,
+        server.encode_lookup, nfs3_replies.decode_lookup,
     ),
     "ACCESS": (
-        _either(nfs3.AccessResult, [attrs, u32s], [attrs, zero]), server.encode_access, nfs3.decode_access
+        _either(nfs3.AccessResult, [attrs, u32s], [attrs, zero]), server.encode_access, nfs3_replies.decode_access
     ),
     "READLINK": (
         _either(nfs3.ReadlinkResult, [attrs, names], [attrs, nothing]),
-        server.encode_readlink, nfs3.decode_readlink,
+        server.encode_readlink, nfs3_replies.decode_readlink,
     ),
-    "READ": (reads, server.encode_read, nfs3.decode_read),
+    "READ": (reads, server.encode_read, nfs3_replies.decode_read),
     "WRITE": (
         _either(
             nfs3.WriteResult, [wccs, u32s, st.integers(0, 2), verifiers], [wccs, zero, zero, nothing]
         ),
-        server.encode_write, nfs3.decode_write,
+        server.encode_write, nfs3_replies.decode_write,
     ),
     "CREATE": (
         _either(nfs3.CreateResult, [st.none() | handles, attrs, wccs], [absent, absent, wccs]),
-        server.encode_create, nfs3.decode_create,
+        server.encode_create, nfs3_replies.decode_create,
     ),
-    "REMOVE": (st.builds(nfs3.RemoveResult, statuses, wccs), server.encode_remove, nfs3.decode_remove),
-    "RENAME": (st.builds(nfs3.RenameResult, statuses, wccs, wccs), server.encode_rename, nfs3.decode_rename),
-    "LINK": (st.builds(nfs3.LinkResult, statuses, attrs, wccs), server.encode_link, nfs3.decode_link),
+    "REMOVE": (st.builds(nfs3.RemoveResult, statuses, wccs), server.encode_remove, nfs3_replies.decode_remove),
+    "RENAME": (st.builds(nfs3.RenameResult, statuses, wccs, wccs), server.encode_rename, nfs3_replies.decode_rename),
+    "LINK": (st.builds(nfs3.LinkResult, statuses, attrs, wccs), server.encode_link, nfs3_replies.decode_link),
     "READDIR": (
         _either(
             nfs3.ReaddirResult, [attrs, verifiers, entries, booleans], [attrs, nothing, st.just([]), false]
         ),
-        server.encode_readdir, nfs3.decode_readdir,
+        server.encode_readdir, nfs3_replies.decode_readdir,
     ),
     "READDIRPLUS": (
         _either(
             nfs3.ReaddirplusResult,
             [attrs, verifiers, entries_plus, booleans], [attrs, nothing, st.just([]), false],
         ),
-        server.encode_readdirplus, nfs3.decode_readdirplus,
+        server.encode_readdirplus, nfs3_replies.decode_readdirplus,
     ),
     "FSSTAT": (
         _either(nfs3.FsstatResult, [attrs, *[u64s] * 6, u32s], [attrs, *[zero] * 7]),
-        server.encode_fsstat, nfs3.decode_fsstat,
+        server.encode_fsstat, nfs3_replies.decode_fsstat,
     ),
     "FSINFO": (
         _either(nfs3.FsinfoResult, [attrs, *[u32s] * 7, u64s, times, u32s], [attrs, *[zero] * 10]),
-        server.encode_fsinfo, nfs3.decode_fsinfo,
+        server.encode_fsinfo, nfs3_replies.decode_fsinfo,
     ),
     "PATHCONF": (
         _either(nfs3.PathconfResult, [attrs, u32s, u32s, *[booleans] * 4], [attrs, zero, zero, *[false] * 4]),
-        server.encode_pathconf, nfs3.decode_pathconf,
+        server.encode_pathconf, nfs3_replies.decode_pathconf,
     ),
     "COMMIT": (
         _either(nfs3.CommitResult, [wccs, verifiers], [wccs, nothing]),
-        server.encode_commit, nfs3.decode_commit,
+        server.encode_commit, nfs3_replies.decode_commit,
     ),
     "MNT": (
         _either(mount3.MntResult, [handles, st.lists(u32s, max_size=4).map(tuple)], [absent, st.just(())]),
@@ -160,7 +160,7 @@ creations = st.tuples(handles, names, st.sampled_from([nfs3.UNCHECKED, nfs3.GUAR
 
 
 def write_args(fh: bytes, offset: int, count: int, stable: int, data: bytes) -> bytes:
-    return nfs3.write_head(fh, offset, count, stable) + data + xdr.PAD[-count & 3]
+    return nfs3_calls.write_head(fh, offset, count, stable) + data + xdr.PAD[-count & 3]
 
 
 writes = st.builds(
@@ -170,28 +170,28 @@ writes = st.builds(
 
 # By procedure: values for its arguments, and the client's encoder.
 ARGS: tuple[tuple[Values, Callable[..., bytes]], ...] = (
-    (st.just(()), nfs3.null_args),
-    (st.tuples(handles), nfs3.getattr_args),
-    (st.tuples(handles, sattrs, st.none() | st.integers(0, nfs3.MAX_TIME_NS)), nfs3.setattr_args),
-    (st.tuples(handles, names), nfs3.lookup_args),
-    (st.tuples(handles, u32s), nfs3.access_args),
-    (st.tuples(handles), nfs3.readlink_args),
-    (st.tuples(handles, u64s, u32s), nfs3.read_args),
+    (st.just(()), nfs3_calls.null_args),
+    (st.tuples(handles), nfs3_calls.getattr_args),
+    (st.tuples(handles, sattrs, st.none() | st.integers(0, nfs3.MAX_TIME_NS)), nfs3_calls.setattr_args),
+    (st.tuples(handles, names), nfs3_calls.lookup_args),
+    (st.tuples(handles, u32s), nfs3_calls.access_args),
+    (st.tuples(handles), nfs3_calls.readlink_args),
+    (st.tuples(handles, u64s, u32s), nfs3_calls.read_args),
     (writes, write_args),
-    (creations, nfs3.create_args),
-    (st.tuples(handles, names, sattrs), nfs3.mkdir_args),
-    (st.tuples(handles, names, sattrs, names), nfs3.symlink_args),
-    (devices, nfs3.mknod_args),
-    (st.tuples(handles, names), nfs3.remove_args),
-    (st.tuples(handles, names), nfs3.rmdir_args),
-    (st.tuples(handles, names, handles, names), nfs3.rename_args),
-    (st.tuples(handles, handles, names), nfs3.link_args),
-    (st.tuples(handles, u64s, verifiers, u32s), nfs3.readdir_args),
-    (st.tuples(handles, u64s, verifiers, u32s, u32s), nfs3.readdirplus_args),
-    (st.tuples(handles), nfs3.fsstat_args),
-    (st.tuples(handles), nfs3.fsinfo_args),
-    (st.tuples(handles), nfs3.pathconf_args),
-    (st.tuples(handles, u64s, u32s), nfs3.commit_args),
+    (creations, nfs3_calls.create_args),
+    (st.tuples(handles, names, sattrs), nfs3_calls.mkdir_args),
+    (st.tuples(handles, names, sattrs, names), nfs3_calls.symlink_args),
+    (devices, nfs3_calls.mknod_args),
+    (st.tuples(handles, names), nfs3_calls.remove_args),
+    (st.tuples(handles, names), nfs3_calls.rmdir_args),
+    (st.tuples(handles, names, handles, names), nfs3_calls.rename_args),
+    (st.tuples(handles, handles, names), nfs3_calls.link_args),
+    (st.tuples(handles, u64s, verifiers, u32s), nfs3_calls.readdir_args),
+    (st.tuples(handles, u64s, verifiers, u32s, u32s), nfs3_calls.readdirplus_args),
+    (st.tuples(handles), nfs3_calls.fsstat_args),
+    (st.tuples(handles), nfs3_calls.fsinfo_args),
+    (st.tuples(handles), nfs3_calls.pathconf_args),
+    (st.tuples(handles, u64s, u32s), nfs3_calls.commit_args),
 )
 
 
@@ -302,7 +302,7 @@ def test_attributes_survive_packing_and_have_the_servers_form(attr: Fattr, offse
     [(-5 * NS, 0), (2**32 * NS, nfs3.MAX_TIME_NS), (10**30, nfs3.MAX_TIME_NS), (7 * NS + 1, 7 * NS + 1)],
 )
 def test_a_time_that_nfs_cannot_hold_becomes_the_nearest_that_it_can(asked_ns: int, sent_ns: int) -> None:
-    args = nfs3.setattr_args(b"fh", Sattr(atime_ns=asked_ns, mtime_ns=asked_ns), None)
+    args = nfs3_calls.setattr_args(b"fh", Sattr(atime_ns=asked_ns, mtime_ns=asked_ns), None)
     _, sattr, _ = server.decode_args(nfs3.NFSPROC3_SETATTR, args)
     assert sattr == Sattr(atime_ns=sent_ns, mtime_ns=sent_ns)
 
@@ -311,7 +311,7 @@ def test_a_time_that_nfs_cannot_hold_becomes_the_nearest_that_it_can(asked_ns: i
 def test_attributes_of_an_unknown_file_type_are_malformed(file_type: int) -> None:
     message = server.encode_getattr(nfs3.GetattrResult(0, sample(type=file_type)))
     with pytest.raises(ProtocolError):
-        nfs3.decode_getattr(memoryview(message), 0)
+        nfs3_replies.decode_getattr(memoryview(message), 0)
 
 
 @pytest.mark.parametrize("entry_attr", [None, sample()])
@@ -320,12 +320,12 @@ def test_a_file_handle_of_more_than_64_bytes_is_malformed(entry_attr: Fattr | No
     found = nfs3.LookupResult(0, bytes(65), None, None)
     created = nfs3.CreateResult(0, bytes(65), None, Wcc(None, None))
     with pytest.raises(ProtocolError):
-        nfs3.decode_lookup(memoryview(server.encode_lookup(found)), 0)
+        nfs3_replies.decode_lookup(memoryview(server.encode_lookup(found)), 0)
     with pytest.raises(ProtocolError):
-        nfs3.decode_create(memoryview(server.encode_create(created)), 0)
+        nfs3_replies.decode_create(memoryview(server.encode_create(created)), 0)
     listing = nfs3.ReaddirplusResult(0, None, bytes(8), [entry], True)
     with pytest.raises(ProtocolError):
-        nfs3.decode_readdirplus(memoryview(server.encode_readdirplus(listing)), 0)
+        nfs3_replies.decode_readdirplus(memoryview(server.encode_readdirplus(listing)), 0)
     with pytest.raises(ProtocolError):
         mount3.decode_mnt(memoryview(server.encode_mnt(mount3.MntResult(0, bytes(65), ()))), 0)
 
@@ -337,19 +337,19 @@ def words(*values: int) -> memoryview:
 @pytest.mark.parametrize(
     ("decode", "results", "why"),
     [
-        (nfs3.decode_access, words(0, 2, 0), "value 2"),  # attributes_follow
-        (nfs3.decode_setattr, words(0, 2, 0), "value 2"),  # of wcc_data
-        (nfs3.decode_create, words(0, 2, 0, 0, 0), "value 2"),  # handle_follows
-        (nfs3.decode_read, words(0, 0, 0, 2, 0), "value 2"),  # eof
-        (nfs3.decode_write, words(0, 0, 0, 1, 3, 0, 0), "stable_how 3"),
-        (nfs3.decode_pathconf, words(0, 0, 1, 255, 1, 1, 2, 1), "value 2"),
-        (nfs3.decode_readdir, words(0, 0, 0, 0, 2, 0, 7, 0, 0, 1, 0, 1), "value 2"),  # an entry follows
-        (nfs3.decode_readdir, words(0, 0, 0, 0, 0, 2), "value 2"),  # eof
-        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 2, 1), "value 2"),  # an entry follows
-        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 2, 0, 0, 1), "value 2"),  # attributes
-        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 0, 2, 0, 1), "value 2"),  # handle
-        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 0, 0, 2, 1), "value 2"),  # next entry
-        (nfs3.decode_readdirplus, words(0, 0, 0, 0, 0, 2), "value 2"),  # eof
+        (nfs3_replies.decode_access, words(0, 2, 0), "value 2"),  # attributes_follow
+        (nfs3_replies.decode_setattr, words(0, 2, 0), "value 2"),  # of wcc_data
+        (nfs3_replies.decode_create, words(0, 2, 0, 0, 0), "value 2"),  # handle_follows
+        (nfs3_replies.decode_read, words(0, 0, 0, 2, 0), "value 2"),  # eof
+        (nfs3_replies.decode_write, words(0, 0, 0, 1, 3, 0, 0), "stable_how 3"),
+        (nfs3_replies.decode_pathconf, words(0, 0, 1, 255, 1, 1, 2, 1), "value 2"),
+        (nfs3_replies.decode_readdir, words(0, 0, 0, 0, 2, 0, 7, 0, 0, 1, 0, 1), "value 2"),  # an entry follows
+        (nfs3_replies.decode_readdir, words(0, 0, 0, 0, 0, 2), "value 2"),  # eof
+        (nfs3_replies.decode_readdirplus, words(0, 0, 0, 0, 2, 1), "value 2"),  # an entry follows
+        (nfs3_replies.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 2, 0, 0, 1), "value 2"),  # attributes
+        (nfs3_replies.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 0, 2, 0, 1), "value 2"),  # handle
+        (nfs3_replies.decode_readdirplus, words(0, 0, 0, 0, 1, 0, 7, 0, 0, 1, 0, 0, 2, 1), "value 2"),  # next entry
+        (nfs3_replies.decode_readdirplus, words(0, 0, 0, 0, 0, 2), "value 2"),  # eof
         (mount3.decode_dump, words(2), "value 2"),
         (portmap2.decode_dump, words(2), "value 2"),
     ],
@@ -379,14 +379,14 @@ def test_the_place_of_a_payload_is_known_once_the_head_of_the_read_is_there(
 ) -> None:
     message = bytes(offset) + server.encode_read(read)
     if read.status:
-        assert nfs3.read_payload(memoryview(message), offset) is None
+        assert nfs3_replies.read_payload(memoryview(message), offset) is None
         return
     head_bytes = offset + (20 if read.attr is None else 104)
     for length in range(offset, head_bytes):
-        assert nfs3.read_payload(memoryview(message[:length]), offset) is None
+        assert nfs3_replies.read_payload(memoryview(message[:length]), offset) is None
     seen = memoryview(message[: head_bytes + more_bytes])
-    assert nfs3.read_payload(seen, offset) == (head_bytes, len(read.data))
-    head = nfs3.decode_read_head(seen[:head_bytes], offset)
+    assert nfs3_replies.read_payload(seen, offset) == (head_bytes, len(read.data))
+    head = nfs3_replies.decode_read_head(seen[:head_bytes], offset)
     assert head == read._replace(data=b"")
 
 
@@ -394,21 +394,21 @@ def test_the_place_of_a_payload_is_known_once_the_head_of_the_read_is_there(
 @given(reads.map(server.encode_read).flatmap(damaged) | st.binary(max_size=150))
 def test_a_damaged_head_of_a_read_has_a_place_or_none_or_raises_the_protocol_error(message: bytes) -> None:
     with contextlib.suppress(ProtocolError):
-        nfs3.read_payload(memoryview(message), 0)
+        nfs3_replies.read_payload(memoryview(message), 0)
     with contextlib.suppress(ProtocolError):
-        nfs3.decode_read_head(memoryview(message), 0)
+        nfs3_replies.decode_read_head(memoryview(message), 0)
 
 
 def test_a_read_whose_count_is_not_the_length_of_its_data_is_malformed() -> None:
     message = memoryview(server.encode_read(nfs3.ReadResult(0, sample(), 4, False, b"12345")))
-    for decode in (nfs3.decode_read, nfs3.read_payload, nfs3.decode_read_head):
+    for decode in (nfs3_replies.decode_read, nfs3_replies.read_payload, nfs3_replies.decode_read_head):
         with pytest.raises(ProtocolError):
             decode(message, 0)
 
 
 def test_read_data_outlive_the_record_that_they_came_in() -> None:
     record = bytearray(server.encode_read(nfs3.ReadResult(0, None, 4, True, b"data")))
-    read = nfs3.decode_read(memoryview(record), 0)
+    read = nfs3_replies.decode_read(memoryview(record), 0)
     record[:] = bytes(len(record))
     assert read.data == b"data"
 
@@ -422,7 +422,7 @@ def test_a_getattr_call_with_auth_sys_has_the_bytes_of_the_rfcs(monkeypatch: pyt
     credential = rpc.Credential(1000, 100, (4, 24))
     header = rpc.call_header(nfs3.PROGRAM, nfs3.VERSION, nfs3.NFSPROC3_GETATTR, credential)
     rpc.call_header.cache_clear()
-    assert header + nfs3.getattr_args(b"\xaa\xbb\xcc\xdd\xee") == bytes.fromhex(
+    assert header + nfs3_calls.getattr_args(b"\xaa\xbb\xcc\xdd\xee") == bytes.fromhex(
         "00000000 00000002"  # CALL, RPC version 2
         "000186a3 00000003 00000001"  # program 100003, version 3, procedure 1
         "00000001 00000024"  # AUTH_SYS, 36 bytes of it
@@ -451,7 +451,7 @@ def test_a_getattr_reply_written_by_hand_decodes() -> None:
         )
     )
     assert rpc.reply_xid(reply) == 0x12345678
-    assert nfs3.decode_getattr(reply, rpc.decode_reply(reply)) == nfs3.GetattrResult(nfs3.NFS3_OK, sample())
+    assert nfs3_replies.decode_getattr(reply, rpc.decode_reply(reply)) == nfs3.GetattrResult(nfs3.NFS3_OK, sample())
 
 
 def test_a_listing_written_by_hand_decodes() -> None:
@@ -466,7 +466,7 @@ def test_a_listing_written_by_hand_decodes() -> None:
     )
     entry = nfs3.DirEntryPlus(42, b"abc", 9, None, b"\xff\xee")
     expected = nfs3.ReaddirplusResult(0, None, b"\1\2\3\4\5\6\7\x08", [entry], True)
-    assert nfs3.decode_readdirplus(results, 0) == expected
+    assert nfs3_replies.decode_readdirplus(results, 0) == expected
 
 
 # -- RPC ---------------------------------------------------------------------------------------------
@@ -710,7 +710,7 @@ def test_a_payload_is_received_into_its_target_without_a_stop_elsewhere() -> Non
     receiver.buffer()[: len(rest)] = rest
     (head, payload_bytes), after = receiver.received(len(rest))
     assert (bytes(head), payload_bytes) == (record[:128], len(payload))
-    assert nfs3.decode_read_head(head, rpc.decode_reply(head)) == read._replace(data=b"")
+    assert nfs3_replies.decode_read_head(head, rpc.decode_reply(head)) == read._replace(data=b"")
     assert target == payload
     assert (bytes(after.body), after.payload_bytes) == (b"next record!", 0)
 

@@ -14,7 +14,8 @@ import pytest
 import trio
 
 from efcfs.nfs import mount3, nfs3
-from efcfs.nfs.client import Client, ConnectError, ServerOptions, connect, own_credential
+from efcfs.nfs.client import Client, own_credential
+from efcfs.nfs.connect import ConnectError, ServerOptions, connect
 from efcfs.nfs.link import CallFailed, TimedOut
 
 FH = b"root handle"
