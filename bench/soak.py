@@ -18,6 +18,8 @@ from tests.faults.soak import Outcome, Pause, Plan, soak
 
 QUIET_S = 20.0
 SHOWN = 40
+# So many of the longest calls are told, with the moment when they began.
+LONGEST = 12
 
 
 def quantile(pauses: list[Pause], part: float) -> float:
@@ -28,7 +30,8 @@ def quantile(pauses: list[Pause], part: float) -> float:
 def row(what: str, pauses: list[Pause]) -> tuple[object, ...]:
     if not pauses:
         return (what, 0, "", "", "")
-    print(f"longest call during {what}: {pauses[-1].what}, {pauses[-1].length_s * 1e3:.0f} ms")
+    for pause in pauses[-LONGEST:]:
+        print(f"{pause.begun_s:.3f}  {pause.length_s * 1e3:5.0f} ms  {pause.what}, during {what}")
     return (what, len(pauses), *(quantile(pauses, part) for part in (0.5, 0.99, 1)))
 
 

@@ -63,10 +63,11 @@ class Span(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """The longest call that a disturbance held up."""
+    """The longest call that a disturbance held up; begun at a moment of the monotonic clock."""
 
     length_s: float
     what: str
+    begun_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ class Outcome:
         away: list[Pause] = []
         for call, length_s in zip(longest, lengths_s, strict=True):
             met = any(span.begun_s < call.ended_s and span.ended_s > call.begun_s for span in self.server_away)
-            (away if met else up).append(Pause(length_s, call.what))
+            (away if met else up).append(Pause(length_s, call.what, call.begun_s))
         return sorted(up), sorted(away)
 
 
