@@ -108,7 +108,7 @@ class FileSystem:
         """Go on with what a daemon before us left: open handles, hidden names, bytes that are not safe yet."""
         self._opening.adopt()
         for ino in set(self._inodes.all_hidden()) - set(self._opening.open):
-            self._nursery.start_soon(self._hiding.remove_left, ino)
+            self._nursery.start_soon(self._hiding.take_left, ino)
         for left in self.dirty.left():
             handle = self._opening.handles.get(left.handle)
             if handle is None:

@@ -157,19 +157,24 @@ class Hiding:
         self._inodes.unhidden(file.ino)
         self._attributes.lose(self._inodes.get(file.ino))
 
-    async def remove_left(self, ino: int) -> None:
-        """Of a file that nobody had open when a daemon before us died, before it could remove the name.
+    async def take_left(self, ino: int) -> None:
+        """Remove the hidden name of a file that nobody had open when a daemon before us died.
 
         An open(2) that died with it comes again and may be first: then the name goes at last close.
         """
+        file = None
+        with contextlib.suppress(KeyError):  # the kernel has forgotten the file
+            file = self._inodes.get(ino).open_file
+        if file is None:
+            await self.remove_left(ino)
+        else:
+            file.sillyname = self._inodes.hidden_name(ino)
+
+    async def remove_left(self, ino: int) -> None:
+        """The file's hidden name goes, if it has one."""
         hidden = self._inodes.hidden_name(ino)
         if hidden is None:
             return
-        with contextlib.suppress(KeyError):  # the kernel has forgotten the file
-            file = self._inodes.get(ino).open_file
-            if file is not None:
-                file.sillyname = hidden
-                return
         with self._unopened(ino):
             with contextlib.suppress(KeyError):  # its directory is gone
                 await self._remove(self._inodes.get(hidden[0]), hidden[1], own_credential())
