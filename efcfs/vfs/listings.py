@@ -124,10 +124,10 @@ class Listings:
         return self.at(number, place + 1, most) if place is not None else []
 
     def at(self, number: int, place: int, most: int) -> list[DirEntryPlus]:
-        """Up to `most` entries from a place on."""
+        """Up to `most` entries from a place on; none when that one is gone, for then the listing is being dropped."""
         entries: list[DirEntryPlus] = []
         with self._env.read() as txn, txn.cursor(db=self._order) as order:
-            more = order.set_range(_PLACE.pack(number, place))
+            more = order.set_key(_PLACE.pack(number, place))
             while more and len(entries) < most and bytes(order.key()[:8]) == _KEY.pack(number):
                 name = bytes(order.value())
                 found = txn.get(_KEY.pack(number) + name, db=self._names)
