@@ -16,7 +16,7 @@ from bench.parts import HERE, Targets, report
 from tests.bed import Ganesha, Mount
 from tests.faults.soak import Outcome, Pause, Plan, soak
 
-QUIET_S = 20.0
+QUIET_S = 60.0
 SHOWN = 40
 # So many of the longest calls are told, with the moment when they began.
 LONGEST = 12
