@@ -310,10 +310,10 @@ class Listing:
         return page
 
     async def _ask(self, cookie: int, verifier: bytes) -> nfs3.ReaddirplusResult:
-        """One page. NFS-Ganesha may say that the directory is stale, or not there, when one of its names goes meanwhile.
+        """A page. NFS-Ganesha may say that the directory is stale, or not there, when one of its names goes meanwhile.
 
         (It looks each name up, and says of the directory what it finds: 5 times in 11 million calls of 8 programs.)
-        GETATTR tells whether it is so. NOENT must not be passed on: the C library takes it for the end of the directory.
+        GETATTR tells whether it is so. NOENT must not be passed on: the C library takes it for the end of a directory.
         """
         for _ in range(GONE_TRIES):
             try:
