@@ -121,10 +121,12 @@ async def serve(path: Path, commands: Mapping[str, Command], connections: "trio.
     import trio  # noqa: PLC0415  # the commands that only ask start without it
 
     path.unlink(missing_ok=True)
-    sock = trio.socket.socket(socket.AF_UNIX)
-    await sock.bind(str(path))
+    # Not with trio's socket, which starts a thread to bind: 3 ms, for which programs wait in an upgrade.
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
     path.chmod(0o600)
-    sock.listen()
+    listening.listen()
+    sock = trio.socket.from_stdlib_socket(listening)
 
     async def answer_one(stream: trio.SocketStream) -> None:
         credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)

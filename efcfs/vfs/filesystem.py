@@ -46,6 +46,9 @@ from efcfs.vfs.writer import Taken, Writer
 
 log = logging.getLogger(__name__)
 
+# After a takeover, what nobody waits for waits so long.
+RUSH_S = 0.25
+
 # The kernel turns utimensat(UTIME_NOW) into its own time, and pyfuse3 does not tell; so recent it may have been that.
 MAYBE_NOW_NS = 1_000_000_000
 
@@ -107,15 +110,20 @@ class FileSystem:
     def adopt(self) -> None:
         """Go on with what a daemon before us left: open handles, hidden names, bytes that are not safe yet."""
         self._opening.adopt()
-        for ino in set(self._inodes.all_hidden()) - set(self._opening.open):
-            self._nursery.start_soon(self._hiding.take_left, ino)
+        self._hiding.found_left(set(self._inodes.all_hidden()) - set(self._opening.open))
         for left in self.dirty.left():
             handle = self._opening.handles.get(left.handle)
             if handle is None:
                 log.error("%d bytes belong to no open file and stay in the log", left.record.length_bytes)
             else:
                 self.writer.take_left(handle, left.offset, left.record)
+        self._nursery.start_soon(self._go_on_with_what_was_left)
+
+    async def _go_on_with_what_was_left(self) -> None:
+        """Not before those are served who waited for a daemon: it took half of the first 40 ms."""
+        await trio.sleep(RUSH_S)
         self.writer.resume()
+        await self._hiding.take_left()
 
     def leave(self) -> None:
         """Another daemon has adopted all that: end at once, whatever is under way."""

@@ -40,6 +40,9 @@ class Hiding:
     def __init__(self, client: Client, inodes: Inodes, attributes: Attributes, directories: Directories) -> None:
         # Files whose name is being taken away, and which were not open when that began: who opens one waits.
         self.removals: dict[int, trio.Event] = {}
+        # Node ids of hidden files that a daemon before us left, and that nobody has open.
+        self._left: set[int] = set()
+        self._taking = trio.Lock()
         self._client = client
         self._inodes = inodes
         self._attributes = attributes
@@ -157,18 +160,25 @@ class Hiding:
         self._inodes.unhidden(file.ino)
         self._attributes.lose(self._inodes.get(file.ino))
 
-    async def take_left(self, ino: int) -> None:
-        """Remove the hidden name of a file that nobody had open when a daemon before us died.
+    def found_left(self, left: set[int]) -> None:
+        """Files that nobody had open when a daemon before us died, before it could remove their hidden names."""
+        self._left = left
 
-        An open(2) that died with it comes again and may be first: then the name goes at last close.
+    def reopened(self, ino: int) -> tuple[int, bytes] | None:
+        """The hidden name of a file that somebody opens, by a request that died with that daemon and came again.
+
+        If it was left, it goes at last close.
         """
-        file = None
-        with contextlib.suppress(KeyError):  # the kernel has forgotten the file
-            file = self._inodes.get(ino).open_file
-        if file is None:
-            await self.remove_left(ino)
-        else:
-            file.sillyname = self._inodes.hidden_name(ino)
+        if ino not in self._left:
+            return None
+        self._left.remove(ino)
+        return self._inodes.hidden_name(ino)
+
+    async def take_left(self) -> None:
+        """Remove the names that were left, one after the other."""
+        async with self._taking:
+            while self._left:
+                await self.remove_left(self._left.pop())
 
     async def remove_left(self, ino: int) -> None:
         """The file's hidden name goes, if it has one."""

@@ -204,7 +204,8 @@ class Opening:
 
     def _file(self, inode: Inode) -> OpenFile:
         if inode.open_file is None:
-            inode.open_file = OpenFile(inode.ino, inode.fh)
+            inode.open_file = file = OpenFile(inode.ino, inode.fh)
+            file.sillyname = self._hiding.reopened(inode.ino)
             self.open[inode.ino] = inode
         return inode.open_file
 

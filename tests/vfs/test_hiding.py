@@ -1,16 +1,17 @@
 """A file is not opened while its hidden name is being removed: the server answers when the test lets it."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client, NfsError
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.dirtylog import DirtyLog
-from efcfs.vfs.filesystem import FileSystem, FilesystemOptions
+from efcfs.vfs.filesystem import RUSH_S, FileSystem, FilesystemOptions
 from efcfs.vfs.handles import Handles, Request
 from efcfs.vfs.inodes import ROOT_INO, Found, Inodes
 
@@ -55,8 +56,8 @@ def attributes(fileid: int) -> nfs3.Fattr:
     return nfs3.Fattr(nfs3.NF3REG, 0o644, 1, 0, 0, 10, 10, 0, 0, 1, fileid, 1, 1, 1)
 
 
-async def opened_by_the_next_daemon(directory: Path) -> str:
-    """What becomes of an open(2) that the next daemon gets again while it looks for what was left to remove."""
+async def opened_by_the_next_daemon(directory: Path, clock: MockClock, *, opens_first: bool) -> str:
+    """What becomes of an open(2) that the next daemon gets again, before it removes what was left or meanwhile."""
     server = Server()
     inodes, handles, dirty = Inodes(directory, b"root"), Handles(directory), DirtyLog(directory / "dirty", 0)
     (inode,) = inodes.enter([Found(ROOT_INO, b"file", b"file", attributes(1234))])
@@ -73,8 +74,14 @@ async def opened_by_the_next_daemon(directory: Path) -> str:
                 told.append(nfs3.STATUS_NAMES[error.status])
 
         fs.adopt()
-        nursery.start_soon(open_it)
+        if opens_first:
+            nursery.start_soon(open_it)
         await wait_all_tasks_blocked()
+        clock.jump(RUSH_S)
+        await wait_all_tasks_blocked()
+        if not opens_first:
+            nursery.start_soon(open_it)
+            await wait_all_tasks_blocked()
         assert len(server.asked) == 1, "REMOVE and ACCESS are under way at the same time"
         server.answer.set()
         await wait_all_tasks_blocked()
@@ -89,9 +96,14 @@ async def opened_by_the_next_daemon(directory: Path) -> str:
     return told[0]
 
 
-def test_an_open_that_comes_again_does_not_meet_the_removal_of_a_name_that_was_left(tmp_path: Path) -> None:
-    ends = set()
-    for number in range(40):  # trio lets one or the other be first
-        (tmp_path / str(number)).mkdir()
-        ends.add(trio.run(opened_by_the_next_daemon, tmp_path / str(number)))
-    assert ends == {"opened", "NFS3ERR_STALE"}
+def run(directory: Path, *, opens_first: bool) -> str:
+    clock = MockClock()
+    return trio.run(partial(opened_by_the_next_daemon, directory, clock, opens_first=opens_first), clock=clock)
+
+
+def test_who_opens_a_file_while_a_left_name_is_removed_learns_that_it_is_gone(tmp_path: Path) -> None:
+    assert run(tmp_path, opens_first=False) == "NFS3ERR_STALE"
+
+
+def test_a_left_name_of_a_file_that_is_opened_first_stays_until_last_close(tmp_path: Path) -> None:
+    assert run(tmp_path, opens_first=True) == "opened"
