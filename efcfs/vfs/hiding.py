@@ -174,11 +174,14 @@ class Hiding:
         self._left.remove(ino)
         return self._inodes.hidden_name(ino)
 
-    async def take_left(self) -> None:
-        """Remove the names that were left, one after the other."""
-        async with self._taking:
-            while self._left:
-                await self.remove_left(self._left.pop())
+    async def take_left(self, directory: int | None = None) -> None:
+        """Remove the names that were left, one after the other: all, or those in a directory of that node id."""
+        for ino in list(self._left):
+            if directory is None or (self._inodes.hidden_name(ino) or (0,))[0] == directory:
+                async with self._taking:
+                    if ino in self._left:
+                        await self.remove_left(ino)
+                        self._left.discard(ino)
 
     async def remove_left(self, ino: int) -> None:
         """The file's hidden name goes, if it has one."""

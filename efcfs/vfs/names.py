@@ -222,7 +222,8 @@ class Names:
     async def rmdir(self, parent: int, name: bytes, cred: Credential, request: Request) -> None:
         directory = self._inodes.get(parent)
         self._attributes.refuse_immutable(directory)
-        await self._hiding.take_left()  # one of them may be in that directory, where nobody sees it
+        if (gone := self._inodes.at(parent, name)) is not None:
+            await self._hiding.take_left(gone.ino)
         asked_at = time.monotonic()
         with self._directories.changing((directory, name)):
             result = await self._client.rmdir(cred, directory.fh, name, again=request.again)
