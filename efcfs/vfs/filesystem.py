@@ -122,7 +122,7 @@ class FileSystem:
     async def _go_on_with_what_was_left(self) -> None:
         """Not before those are served who waited for a daemon: it took half of the first 40 ms."""
         await trio.sleep(RUSH_S)
-        self.writer.resume()
+        self.writer.send_dirty()
         await self._hiding.take_left()
 
     def leave(self) -> None:

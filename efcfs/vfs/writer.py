@@ -121,6 +121,10 @@ class Writer:
 
     def resume(self) -> None:
         self._paused = False
+        self.send_dirty()
+
+    def send_dirty(self) -> None:
+        """Start to send what is dirty, unless paused."""
         for file in list(self._dirty_files.values()):
             self._send_ready(file)
 
