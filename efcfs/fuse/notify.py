@@ -31,7 +31,9 @@ class KernelCaches:
     """The kernel's caches of one mount (`vfs.attributes.Kernel`)."""
 
     def __init__(self, fuse_fd: int, nursery: trio.Nursery) -> None:
-        self._fuse_fd = fuse_fd
+        # Its own, open as long as this process: a thread may still be at it when the session has closed the other,
+        # whose number may be another file's by then.
+        self._fuse_fd = os.dup(fuse_fd)
         self._nursery = nursery
 
     def drop_attributes(self, ino: int) -> None:
