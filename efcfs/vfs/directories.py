@@ -11,7 +11,7 @@ import errno
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import trio
 
@@ -183,8 +183,8 @@ class Listing:
     """One opendir(3)."""
 
     __slots__ = (
-        "_at", "_client", "_cred", "_directories", "_known", "_next", "_number", "_page", "_place", "_started",
-        "_verifier", "fresh", "inode", "seen_at", "stale",
+        "_at", "_begins", "_client", "_cred", "_directories", "_known", "_next", "_number", "_page", "_place",
+        "_started", "_verifier", "fresh", "inode", "seen_at", "stale",
     )  # fmt: skip
 
     def __init__(
@@ -202,6 +202,8 @@ class Listing:
         self._known = known
         self._verifier = bytes(nfs3.COOKIEVERFSIZE)
         self._page: nfs3.ReaddirplusResult | None = None
+        # The first two names, each with the cookies that it follows; None: not known here.
+        self._begins: dict[bytes, set[int]] | None = None
         self._at = 0  # the cookie that the page follows
         self._next = 0  # where in the page the last call pointed
         # The listing that is being kept, its next place, and the directory's version when it began.
@@ -295,6 +297,13 @@ class Listing:
             self._started = version(self.inode.attr) if self.inode.attr is not None else None
         try:
             page = await self._ask(cookie, self._verifier)
+            if not cookie:
+                self._begins = _begins(page.entries)
+            elif page.entries:
+                if self._begins is None:  # another daemon began
+                    self._begins = _begins((await self._ask(0, bytes(nfs3.COOKIEVERFSIZE))).entries)
+                if cookie not in self._begins.get(page.entries[0].name, (cookie,)):
+                    page = await self._after_anew(cookie)
         except NfsError as error:
             if error.status == nfs3.NFS3ERR_BAD_COOKIE and cookie:
                 # The directory changed and this server then refuses its verifier; its cookies mostly still hold.
@@ -329,6 +338,23 @@ class Listing:
             await self._client.getattr(self._cred, self.inode.fh)
         raise OSError(errno.EIO, "the server says of a directory that it is gone, and that it is not")
 
+    async def _after_anew(self, cookie: int) -> nfs3.ReaddirplusResult:
+        """The page after an entry, of a server that begins anew when asked for it.
+
+        (NFS-Ganesha tells all but the entry of the cookie when it has forgotten the directory, as after a STALE to
+        another listing.) Raises OSError when the place is not found: then nobody knows what follows.
+        """
+        log.info("listing: the server began anew after cookie %d", cookie)
+        at, verifier = 0, bytes(nfs3.COOKIEVERFSIZE)
+        while True:
+            page = await self._ask(at, verifier)
+            for i, entry in enumerate(page.entries, 1):
+                if entry.cookie == cookie and (i < len(page.entries) or page.eof):
+                    return page._replace(entries=page.entries[i:])
+            if page.eof or not page.entries or page.entries[-1].cookie == cookie:
+                raise OSError(errno.EIO, "the server does not know the place in the directory any more")
+            at, verifier = page.entries[-1].cookie, page.verifier
+
     async def _completed(self, entries: list[DirEntryPlus]) -> list[DirEntryPlus]:
         """Look up the names that came without handle or attributes.
 
@@ -360,3 +386,13 @@ class Listing:
             for i in bare:
                 nursery.start_soon(look_up, i)
         return completed
+
+
+def _begins(entries: Sequence[DirEntryPlus]) -> dict[bytes, set[int]]:
+    """As in `Listing`, of a directory's first page."""
+    dots = {entry.cookie for entry in entries if entry.name in (b".", b"..")}
+    first, second = (*[entry for entry in entries if entry.name not in (b".", b"..")][:2], None, None)[:2]
+    begins = {first.name: dots} if first is not None else {}
+    if first is not None and second is not None:
+        begins[second.name] = {first.cookie}
+    return begins
