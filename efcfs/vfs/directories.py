@@ -303,7 +303,7 @@ class Listing:
                 if self._begins is None:  # another daemon began
                     self._begins = _begins((await self._ask(0, bytes(nfs3.COOKIEVERFSIZE))).entries)
                 if cookie not in self._begins.get(page.entries[0].name, (cookie,)):
-                    page = await self._after_anew(cookie)
+                    page = await self._after_anew(cookie) or page
         except NfsError as error:
             if error.status == nfs3.NFS3ERR_BAD_COOKIE and cookie:
                 # The directory changed and this server then refuses its verifier; its cookies mostly still hold.
@@ -338,13 +338,13 @@ class Listing:
             await self._client.getattr(self._cred, self.inode.fh)
         raise OSError(errno.EIO, "the server says of a directory that it is gone, and that it is not")
 
-    async def _after_anew(self, cookie: int) -> nfs3.ReaddirplusResult:
+    async def _after_anew(self, cookie: int) -> nfs3.ReaddirplusResult | None:
         """The page after an entry, of a server that begins anew when asked for it.
 
         (NFS-Ganesha tells all but the entry of the cookie when it has forgotten the directory, as after a STALE to
-        another listing.) Raises OSError when the place is not found: then nobody knows what follows.
+        another listing.) None when the entry is gone: then all before it may be gone too, as `rm -r` has it, and the
+        server may be right.
         """
-        log.info("listing: the server began anew after cookie %d", cookie)
         at, verifier = 0, bytes(nfs3.COOKIEVERFSIZE)
         while True:
             page = await self._ask(at, verifier)
@@ -352,7 +352,7 @@ class Listing:
                 if entry.cookie == cookie and (i < len(page.entries) or page.eof):
                     return page._replace(entries=page.entries[i:])
             if page.eof or not page.entries or page.entries[-1].cookie == cookie:
-                raise OSError(errno.EIO, "the server does not know the place in the directory any more")
+                return None
             at, verifier = page.entries[-1].cookie, page.verifier
 
     async def _completed(self, entries: list[DirEntryPlus]) -> list[DirEntryPlus]:
