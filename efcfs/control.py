@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
+AGAIN_S = 0.02
+QUESTIONS = ("status", "config")  # they change nothing: asked again when the daemon dies before it answers
 MAX_REQUEST_BYTES = 1024 * 1024
 
 Answer = dict[str, object]
@@ -49,6 +52,9 @@ class Mounted:
             return int((self.runtime_dir / "keeper.pid").read_text())
         except (FileNotFoundError, ValueError):
             return None
+
+    def has_keeper(self) -> bool:
+        return Path(f"/proc/{self.keeper_pid}").exists()
 
 
 def mount_id(mountpoint: str) -> str:
@@ -98,18 +104,33 @@ def find(path: str) -> Mounted | None:
 
 
 def ask(mounted: Mounted, request: Answer, timeout_s: float = TIMEOUT_S) -> Answer:
-    """Send one request to the mount's daemon. Raises NoAnswer."""
-    try:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(timeout_s)
-            sock.connect(str(mounted.runtime_dir / "control"))
-            sock.sendall(json.dumps(request).encode() + b"\n")
-            with sock.makefile("rb") as lines:
-                answer: Answer = json.loads(lines.readline())
-    except TimeoutError:
-        raise NoAnswer(f"the daemon did not answer in {timeout_s:g} s") from None
-    except (OSError, ValueError) as error:
-        raise NoAnswer(f"the daemon cannot be reached ({error})") from None
+    """Send one request to the mount's daemon; one that is being replaced is waited for. Raises NoAnswer."""
+    ends = time.monotonic() + timeout_s
+    while True:
+        try:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(max(ends - time.monotonic(), 0.001))
+                asked = False
+                sock.connect(str(mounted.runtime_dir / "control"))
+                asked = True
+                return _asked(sock, request)
+        except TimeoutError:
+            raise NoAnswer(f"the daemon did not answer in {timeout_s:g} s") from None
+        except (OSError, ValueError) as error:
+            again = (not asked or request["cmd"] in QUESTIONS) and time.monotonic() < ends
+            if not (again and mounted.has_keeper()):
+                raise NoAnswer(f"the daemon cannot be reached ({error})") from None
+        time.sleep(AGAIN_S)
+
+
+def _asked(sock: socket.socket, request: Answer) -> Answer:
+    """Raises OSError, ValueError."""
+    sock.sendall(json.dumps(request).encode() + b"\n")
+    with sock.makefile("rb") as lines:
+        line = lines.readline()
+    if not line:
+        raise ConnectionResetError("it ended before it answered")
+    answer: Answer = json.loads(line)
     return answer
 
 

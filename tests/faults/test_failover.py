@@ -36,6 +36,12 @@ def kill_daemon(mount: Mount) -> None:
     assert after["failovers"] == int(str(before["failovers"])) + 1 and after["last_exit"] == "signal SIGKILL"
 
 
+def test_status_waits_for_the_daemon_that_replaces_a_dead_one(own: Mount) -> None:
+    for failovers in range(1, 6):
+        os.kill(int(str(own.status()["daemon_pid"])), signal.SIGKILL)
+        assert own.status().get("failovers") == failovers
+
+
 def test_open_files_and_directories_go_on(own: Mount, export: Path) -> None:
     here = Place.of(own, export).here
     (here / "old").write_bytes(b"0123456789")
