@@ -74,8 +74,7 @@ class Hiding:
         if file is None:
             return  # closed while the caller asked the server
         name = _hidden_name(target, request)
-        # Noted first: a daemon that dies after the RENAME must leave the name to be removed.
-        self._inodes.hidden(target.ino, directory.ino, name)
+        before = self._note(target, file, directory, name)
         asked_at = time.monotonic()
         try:
             with self._directories.changing((directory, old_name), (directory, name)):
@@ -84,14 +83,38 @@ class Hiding:
                 )
                 self._attributes.update_wcc(directory, result.from_wcc, asked_at)
         except SERVER_ERRORS:
-            self._inodes.unhidden(target.ino)
+            if before is None:
+                self._inodes.unhidden(target.ino)
             raise
         self._inodes.moved(directory.ino, old_name, directory.ino, name)
+        await self._hidden(target, file, directory, name, before, cred)
+
+    def _note(self, target: Inode, file: OpenFile, directory: Inode, name: bytes) -> tuple[int, bytes] | None:
+        """Before it gets the name: a daemon that dies after that must leave the name to be removed.
+
+        One that a daemon before us noted, and may have removed, stays noted until this one is there; it is returned.
+        """
+        if file.sillyname in (None, (directory.ino, name)):
+            self._inodes.hidden(target.ino, directory.ino, name)
+            return None
+        return file.sillyname
+
+    async def _hidden(
+        self, target: Inode, file: OpenFile, directory: Inode, name: bytes, before: tuple[int, bytes] | None,
+        cred: Credential,
+    ) -> bool:  # fmt: skip
+        """It has the name. False: it was closed meanwhile, so the name is gone again."""
+        if before is not None:
+            with contextlib.suppress(KeyError):  # its directory is gone
+                await self._remove(self._inodes.get(before[0]), before[1], own_credential())
         if target.open_file is file:
-            file.sillyname = (directory.ino, name)
-        else:
-            await self._remove(directory, name, cred)  # closed meanwhile
-            self._inodes.unhidden(target.ino)
+            file.sillyname, file.doubtful = (directory.ino, name), False
+            if before is not None:
+                self._inodes.hidden(target.ino, directory.ino, name)
+            return True
+        await self._remove(directory, name, cred)
+        self._inodes.unhidden(target.ino)
+        return False
 
     async def link(
         self, directory: Inode, old_name: bytes, target: Inode, cred: Credential, request: Request
@@ -101,14 +124,15 @@ class Hiding:
         if file is None:
             return None  # closed while the caller asked the server
         name = _hidden_name(target, request)
-        self._inodes.hidden(target.ino, directory.ino, name)
+        before = self._note(target, file, directory, name)
         asked_at = time.monotonic()
         try:
             with self._directories.changing((directory, name)):
                 result = await self._client.link(cred, target.fh, directory.fh, name, again=request.again)
                 self._attributes.update_wcc(directory, result.wcc, asked_at)
         except SERVER_ERRORS as error:
-            self._inodes.unhidden(target.ino)
+            if before is None:
+                self._inodes.unhidden(target.ino)
             if isinstance(error, NfsError) and error.status == nfs3.NFS3ERR_STALE:
                 return None  # it is gone already
             if isinstance(error, NfsError) and error.status in NO_LINKS | {nfs3.NFS3ERR_EXIST}:
@@ -117,11 +141,8 @@ class Hiding:
             raise
         self._attributes.update(target, result.attr, asked_at, own=True)
         self._inodes.moved(directory.ino, old_name, directory.ino, name)
-        if target.open_file is file:
-            file.sillyname = (directory.ino, name)
+        if await self._hidden(target, file, directory, name, before, cred):
             return partial(self._unlink, directory, target, old_name, cred)
-        await self._remove(directory, name, cred)  # closed meanwhile
-        self._inodes.unhidden(target.ino)
         return None
 
     async def _unlink(self, directory: Inode, target: Inode, name: bytes, cred: Credential) -> None:
@@ -205,13 +226,10 @@ class Hiding:
                 log.error("hidden file %r stays: errno %d", name, errno_of(error))
 
 
-def must_hide(inode: Inode, request: Request) -> bool:
+def must_hide(inode: Inode) -> bool:
     """Open here, and this may be the last name that keeps it alive on the server."""
     file = inode.open_file
-    if file is None:
-        return False
-    # A request that comes again may have noted the hidden name and got no further.
-    return file.sillyname is None or (request.again and file.sillyname[1] == _hidden_name(inode, request))
+    return file is not None and (file.sillyname is None or file.doubtful)
 
 
 def _hidden_name(inode: Inode, request: Request) -> bytes:

@@ -202,7 +202,7 @@ class Names:
         directory = self._inodes.get(parent)
         self._attributes.refuse_immutable(directory)
         target = self._inodes.at(parent, name)
-        if target is not None and must_hide(target, request):
+        if target is not None and must_hide(target):
             try:
                 await self._hiding.hide(directory, name, target, cred, request)
             except NfsError as error:
@@ -250,7 +250,7 @@ class Names:
             replaced = self._inodes.at(new_parent, new_name)
             if replaced is not None:
                 self._opening.keep_open(replaced, cred)
-            if replaced is not None and must_hide(replaced, request):
+            if replaced is not None and must_hide(replaced):
                 if (await self._client.lookup(cred, old.fh, name)).fh == replaced.fh:
                     return  # both names are the same file: POSIX says do nothing
                 take_back = await self._hiding.link(new, new_name, replaced, cred, request)

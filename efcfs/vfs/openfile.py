@@ -63,8 +63,8 @@ class OpenFile:
     """An inode that has handles, or is about to. `extents` are in the order in which they were written."""
 
     __slots__ = (
-        "cached", "changed", "committing", "extents", "fh", "handles", "ino", "opening", "sending", "sillyname",
-        "written",
+        "cached", "changed", "committing", "doubtful", "extents", "fh", "handles", "ino", "opening", "sending",
+        "sillyname", "written",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes) -> None:
@@ -85,6 +85,8 @@ class OpenFile:
         self.cached: tuple[Fattr, CachedFile | None] | None = None
         # (parent's node id, name) to remove at last close.
         self.sillyname: tuple[int, bytes] | None = None
+        # Whether that was noted by a daemon before us, which may not have got so far, or may have removed it already.
+        self.doubtful = False
 
     @property
     def dirty_end(self) -> int:

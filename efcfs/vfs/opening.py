@@ -89,7 +89,7 @@ class Opening:
                 self.listings[slot.number] = self._directories.listing(inode, slot.cred, revalidated=False)
                 continue
             file = self._file(inode)
-            file.sillyname = self._inodes.hidden_name(slot.ino)
+            self._found(file, self._inodes.hidden_name(slot.ino))
             self._add(Handle(slot.number, file, slot.cred, slot.flags, slot.error))
 
     # -- open(2), in this order ----------------------------------------------------------------------
@@ -205,9 +205,14 @@ class Opening:
     def _file(self, inode: Inode) -> OpenFile:
         if inode.open_file is None:
             inode.open_file = file = OpenFile(inode.ino, inode.fh)
-            file.sillyname = self._hiding.reopened(inode.ino)
+            self._found(file, self._hiding.reopened(inode.ino))
             self.open[inode.ino] = inode
         return inode.open_file
+
+    @staticmethod
+    def _found(file: OpenFile, hidden_name: tuple[int, bytes] | None) -> None:
+        """What a daemon before us noted."""
+        file.sillyname, file.doubtful = hidden_name, hidden_name is not None
 
     def _add(self, handle: Handle) -> None:
         self.handles[handle.number] = handle

@@ -81,6 +81,24 @@ def test_a_directory_that_was_opened_before_is_listed_as_it_was_then(own: Mount,
     os.close(fd)
 
 
+def test_a_directory_that_is_emptied_while_it_is_listed_is_listed_to_its_end_by_the_next_daemon(
+    own: Mount, export: Path
+) -> None:
+    here = Place.of(own, export).here
+    names = {f"{number:05}-{'x' * 40}" for number in range(4000)}
+    for name in names:
+        (export / name).touch()
+    told: list[str] = []
+    with os.scandir(here) as listing:
+        for entry in listing:
+            told.append(entry.name)
+            os.unlink(here / entry.name)
+            if len(told) % 900 == 0:
+                kill_daemon(own)
+    assert set(told) == names and len(told) == len(names)
+    assert os.listdir(here) == [] and list(export.iterdir()) == []
+
+
 def test_a_removed_file_stays_readable_and_its_hidden_name_goes_at_last_close(own: Mount, export: Path) -> None:
     here = Place.of(own, export).here
     (here / "file").write_bytes(b"still here")
@@ -114,6 +132,34 @@ def test_a_hidden_name_goes_though_the_daemon_died_while_it_was_closed(
         server.resume()
     wait_until(lambda: list(export.iterdir()) == [])
     assert own.status()["open_handles"] == 0
+
+
+def test_an_open_file_outlives_its_last_name_though_a_dead_daemon_removed_the_hidden_one(
+    own: Mount, export: Path
+) -> None:
+    here = Place.of(own, export).here
+    (here / "file").write_bytes(b"still here")
+    os.link(here / "file", here / "second")
+    (here / "draft").write_bytes(b"new")
+    os.rename(here / "draft", here / "file")  # a file that was open a moment ago is kept for a second
+    os.rename(here / "second", here / "other")
+    (hidden,) = export.glob(".nfs*")
+    program = "import os, sys\n" \
+        "fd = os.open(sys.argv[1], os.O_RDONLY)\n" \
+        "os.unlink(sys.argv[1])\n" \
+        "print(os.fstat(fd).st_size, os.pread(fd, 100, 0), flush=True); sys.stdin.readline()\n"  # fmt: skip
+    daemon = int(str(own.status()["daemon_pid"]))
+    os.kill(daemon, signal.SIGSTOP)
+    with Waiting(program, here / "other") as process:
+        stack = Path(f"/proc/{process.process.pid}/stack")
+        wait_until(lambda: "fuse_" in stack.read_text())
+        hidden.unlink()  # as its REMOVE does that was on its way
+        os.kill(daemon, signal.SIGKILL)
+        assert process.told() == "10 b'still here'"
+        (again,) = export.glob(".nfs*")
+        assert again != hidden
+        process.end()
+    wait_until(lambda: [path.name for path in export.iterdir()] == ["file"])
 
 
 def test_bytes_that_were_acknowledged_arrive_without_a_call_more(own: Mount, export: Path) -> None:
