@@ -273,6 +273,10 @@ class Link:
         if wanted_bytes != self._low_water_bytes:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted_bytes)
             self._low_water_bytes = wanted_bytes
+        if receiver.certain_bytes:
+            # A server with a full socket buffer goes on when we acknowledge, which the kernel puts off by 40 ms for one
+            # segment (64 KiB on the loopback): on fresh links 7 READs in 180 upgrades took 36 to 86 ms, now none.
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def _break(self, error: Exception) -> None:
         self.error = error
