@@ -44,6 +44,7 @@ _RECORD = struct.Struct(">QQIddBBQq?Qqq")
 _SIZE_UNKNOWN = -1
 _FATTR_BYTES = 84
 _KEY = struct.Struct(">Q")
+_SECONDS = struct.Struct(">d")
 
 
 class Inode:
@@ -71,7 +72,7 @@ class Inode:
         self.kernel_size_bytes: int | None = None
         # Somebody else changed it since its name was looked up; that may have been a rename.
         self.name_doubtful = False
-        # When the kernel was last made to look it up again (monotonic seconds).
+        # 0: not by this daemon. See `Inodes.taught_at`.
         self.taught_at = 0.0
         self.open_file: OpenFile | None = None
         # When it was last opened (monotonic seconds).
@@ -93,11 +94,12 @@ class Inodes:
     """All identities of one mount."""
 
     def __init__(self, directory: Path, root_fh: bytes) -> None:
-        self._env = Environment(directory / "inodes.lmdb", databases=7)
+        self._env = Environment(directory / "inodes.lmdb", databases=8)
         self._by_ino = self._env.database(b"ino")
         self._by_fh = self._env.database(b"fh")
         self._by_name = self._env.database(b"name")
         self._hidden = self._env.database(b"hidden")
+        self._taught = self._env.database(b"taught")
         self.listings = Listings(self._env)
         # Tells what this daemon wrote from what is older than what the kernel was told since.
         self._writer = int.from_bytes(os.urandom(8), "big")
@@ -309,6 +311,15 @@ class Inodes:
                 del self._inodes[inode.ino]
             self._inodes.update((inode.ino, inode) for inode in staying)
 
+    def taught_at(self, inode: Inode) -> float:
+        """When the kernel was last made to look it up again, by this daemon or another (monotonic seconds)."""
+        found = self._env.get(_KEY.pack(inode.ino), self._taught) if not inode.taught_at else None
+        return float(_SECONDS.unpack(found)[0]) if found is not None else inode.taught_at
+
+    def taught(self, inode: Inode, at: float) -> None:
+        inode.taught_at = at
+        self._done_already(lambda txn: txn.put(_KEY.pack(inode.ino), _SECONDS.pack(at), db=self._taught))
+
     def note(self, inode: Inode) -> None:
         """Write down what is known of it, for a daemon that starts while the server is away."""
         self._done_already(lambda txn: self._put(txn, inode))
@@ -316,6 +327,7 @@ class Inodes:
     def _delete(self, txn: lmdb.Transaction, inode: Inode) -> None:
         key = _KEY.pack(inode.ino)
         txn.delete(key, db=self._by_ino)
+        txn.delete(key, db=self._taught)
         if txn.get(inode.fh, db=self._by_fh) == key:
             txn.delete(inode.fh, db=self._by_fh)
         name_key = _KEY.pack(inode.parent) + inode.name

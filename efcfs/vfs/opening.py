@@ -274,9 +274,10 @@ class Opening:
             self._teach(inode, "size changed on the server, or was told by a daemon before us")
 
     def _teach(self, inode: Inode, why: str) -> None:
+        """Once for each time that the kernel walks the path, whichever daemon it meets then."""
         now = time.monotonic()
-        if now - inode.taught_at > TAUGHT_S:
-            inode.taught_at = now
+        if now - self._inodes.taught_at(inode) > TAUGHT_S:
+            self._inodes.taught(inode, now)
             raise OSError(errno.ESTALE, why)
 
 
