@@ -381,6 +381,17 @@ def describe(
     }
 
 
+def beginning(error: BaseException) -> str:
+    """The error that others came from: a want of memory may be met by trio itself."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif isinstance(error, trio.TrioInternalError) and error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            return str(error) or type(error).__name__
+
+
 def say(keeper: socket.socket, **message: object) -> None:
     keeper.send(json.dumps(message).encode())
 
@@ -404,7 +415,7 @@ def main() -> None:
         say(keeper, error=f"the server does not let the export's root be read: {error}", code=32)
     except Exception as error:
         log.exception("the daemon ends")
-        say(keeper, error=f"internal error ({str(error) or type(error).__name__}): see the log", code=2)
+        say(keeper, error=f"internal error ({beginning(error)}): see the log", code=2)
         sys.exit(1)
 
 
