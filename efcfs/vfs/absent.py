@@ -172,6 +172,12 @@ class Absent:
 
     # -- memory ----------------------------------------------------------------------------------------
 
+    def doubt(self, fh: bytes) -> None:
+        """What was listed of it, or is being listed, may lack names."""
+        known = self._known.get(fh)
+        if known is not None:
+            self._forget(known)
+
     def _at(self, fh: bytes) -> Known:
         known = self._known.get(fh)
         if known is None:

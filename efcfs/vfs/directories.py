@@ -168,6 +168,12 @@ class Directories:
         if replaced is not None:
             self.drop(replaced)
 
+    def doubt(self, inode: Inode) -> None:
+        """The server has lost the places of those who list it: what they get may lack names, so it is not kept."""
+        for listing in self._open.get(inode.ino, ()):
+            listing.spoil()
+        self.absent.doubt(inode.fh)
+
     def drop(self, number: int) -> None:
         self._nursery.start_soon(self._drop, number)
 
@@ -303,6 +309,7 @@ class Listing:
                 if self._begins is None:  # another daemon began
                     self._begins = _begins((await self._ask(0, bytes(nfs3.COOKIEVERFSIZE))).entries)
                 if cookie not in self._begins.get(page.entries[0].name, (cookie,)):
+                    self._directories.doubt(self.inode)
                     page = await self._after_anew(cookie) or page
         except NfsError as error:
             if error.status == nfs3.NFS3ERR_BAD_COOKIE and cookie:
@@ -335,6 +342,7 @@ class Listing:
                 if error.status not in (nfs3.NFS3ERR_STALE, nfs3.NFS3ERR_NOENT):
                     raise
                 log.info("listing: the server answered %s", error)
+                self._directories.doubt(self.inode)
             await self._client.getattr(self._cred, self.inode.fh)
         raise OSError(errno.EIO, "the server says of a directory that it is gone, and that it is not")
 

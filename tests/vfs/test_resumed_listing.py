@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from efcfs.nfs import nfs3
-from efcfs.nfs.client import Client
+from efcfs.nfs.client import Client, NfsError
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.dirtylog import DirtyLog
 from efcfs.vfs.filesystem import FileSystem, FilesystemOptions
@@ -49,6 +49,25 @@ class Server(Client):
         return nfs3.ReaddirplusResult(nfs3.NFS3_OK, attributes(nfs3.NF3DIR, 1), bytes(8), page, eof)
 
 
+class Forgetful(Server):
+    """Says once, in the middle, that the directory is stale."""
+
+    def __init__(self, *, forgets: bool) -> None:
+        super().__init__()
+        self.forgets = forgets
+
+    async def getattr(self, cred: Credential, fh: bytes, *, impatient: bool = False) -> nfs3.Fattr:
+        return attributes(nfs3.NF3DIR, 1)
+
+    async def readdirplus(
+        self, cred: Credential, fh: bytes, cookie: int, cookieverf: bytes
+    ) -> nfs3.ReaddirplusResult:
+        if self.forgets and cookie:
+            self.forgets = False
+            raise NfsError(nfs3.NFS3ERR_STALE, "READDIRPLUS")
+        return await super().readdirplus(cred, fh, cookie, cookieverf)
+
+
 def attributes(kind: int, fileid: int) -> nfs3.Fattr:
     return nfs3.Fattr(kind, 0o755, 1, 0, 0, 10, 10, 0, 0, 1, fileid, 1, 1, 1)
 
@@ -70,3 +89,24 @@ def test_what_follows_a_place_in_a_directory_is_told_once(tmp_path: Path, place:
         return found
 
     assert trio.run(run) == NAMES[place + 1 :]
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_listing_whose_place_the_server_forgot_is_not_kept(tmp_path: Path, forgets: bool) -> None:
+    """It may lack names, which would then be told not to be there."""
+
+    async def run() -> bool:
+        inodes, handles, dirty = Inodes(tmp_path, b"root"), Handles(tmp_path), DirtyLog(tmp_path / "dirty", 0)
+        async with trio.open_nursery() as nursery:
+            fs = FileSystem(Forgetful(forgets=forgets), FilesystemOptions(), inodes, handles, dirty, nursery, None)
+            number = await fs.opendir(ROOT_INO, CRED, Request(2, False))
+            cookie = 0
+            while entries := await fs.readdir(number, cookie, 100):
+                cookie = entries[-1].cookie
+            nursery.cancel_scope.cancel()
+        kept = inodes.listings.directory(b"root") is not None
+        handles.close()
+        inodes.close()
+        return kept
+
+    assert trio.run(run) is not forgets
