@@ -107,10 +107,10 @@ def ask(mounted: Mounted, request: Answer, timeout_s: float = TIMEOUT_S) -> Answ
     """Send one request to the mount's daemon; one that is being replaced is waited for. Raises NoAnswer."""
     ends = time.monotonic() + timeout_s
     while True:
+        asked = False
         try:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(max(ends - time.monotonic(), 0.001))
-                asked = False
                 sock.connect(str(mounted.runtime_dir / "control"))
                 asked = True
                 return _asked(sock, request)

@@ -86,8 +86,7 @@ class Hiding:
             if before is None:
                 self._inodes.unhidden(target.ino)
             raise
-        self._inodes.moved(directory.ino, old_name, directory.ino, name)
-        await self._hidden(target, file, directory, name, before, cred)
+        await self._hidden(target, file, directory, old_name, name, before, cred)
 
     def _note(self, target: Inode, file: OpenFile, directory: Inode, name: bytes) -> tuple[int, bytes] | None:
         """Before it gets the name: a daemon that dies after that must leave the name to be removed.
@@ -100,8 +99,8 @@ class Hiding:
         return file.sillyname
 
     async def _hidden(
-        self, target: Inode, file: OpenFile, directory: Inode, name: bytes, before: tuple[int, bytes] | None,
-        cred: Credential,
+        self, target: Inode, file: OpenFile, directory: Inode, old_name: bytes, name: bytes,
+        before: tuple[int, bytes] | None, cred: Credential,
     ) -> bool:  # fmt: skip
         """It has the name. False: it was closed meanwhile, so the name is gone again."""
         if before is not None:
@@ -111,7 +110,10 @@ class Hiding:
             file.sillyname, file.doubtful = (directory.ino, name), False
             if before is not None:
                 self._inodes.hidden(target.ino, directory.ino, name)
+            # Not before: a daemon that dies in between leaves the request to the next, which finds the file by this.
+            self._inodes.moved(directory.ino, old_name, directory.ino, name)
             return True
+        self._inodes.moved(directory.ino, old_name, directory.ino, name)
         await self._remove(directory, name, cred)
         self._inodes.unhidden(target.ino)
         return False
@@ -140,8 +142,7 @@ class Hiding:
                 return partial(self._rename_back, directory, target, old_name, cred)
             raise
         self._attributes.update(target, result.attr, asked_at, own=True)
-        self._inodes.moved(directory.ino, old_name, directory.ino, name)
-        if await self._hidden(target, file, directory, name, before, cred):
+        if await self._hidden(target, file, directory, old_name, name, before, cred):
             return partial(self._unlink, directory, target, old_name, cred)
         return None
 
