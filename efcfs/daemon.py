@@ -1,6 +1,6 @@
 """The composition root: builds the parts of one mount and runs them.
 
-Started by the keeper (`python -m efcfs.daemon FD`), to which it says, in this order: connected, ready,
+Started by the keeper (`python -m efcfs.daemon FD`), to which it says, in this order: loaded, connected, ready,
 unmounted; or error. It may be killed and started again at any time.
 """
 
@@ -396,15 +396,29 @@ def say(keeper: socket.socket, **message: object) -> None:
     keeper.send(json.dumps(message).encode())
 
 
+def be_called(name: str) -> None:
+    """In ps(1)."""
+    with contextlib.suppress(OSError):  # a container may have no /proc that it can write to
+        Path("/proc/self/comm").write_text(name)
+
+
 def main() -> None:
     keeper = socket.socket(fileno=int(sys.argv[1]))
-    request = json.loads(keeper.recv(MESSAGE_BYTES))
-    log_to(request["log"], bool(request["verbose"]))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the cache keeps its files open
     # Their table grows now. With several threads each growth stops the one that opens, which is the event loop, for an
     # RCU grace period: 7 to 15 ms on a quiet machine, over 60 ms after a kill.
     os.close(fcntl.fcntl(keeper, fcntl.F_DUPFD_CLOEXEC, min(most, DESCRIPTORS) - 1))
+    # A spare daemon waits here, until another dies or the keeper has no use for it.
+    with contextlib.suppress(OSError):  # the keeper is gone, as recv tells, too
+        say(keeper, loaded=True)
+    be_called("efcfs-spare")
+    message = keeper.recv(MESSAGE_BYTES)
+    if not message:
+        return
+    be_called("efcfs")
+    request = json.loads(message)
+    log_to(request["log"], bool(request["verbose"]))
     try:
         trio.run(run, keeper, request)
     except ConnectError as error:

@@ -17,24 +17,27 @@ messages and keys that they do not know.
 
 Keeper to daemon:
 
-1. The request: what `efcfs mount` asked for (config, source, mountpoint, state_dir, runtime_dir, log, verbose …) with
-   keeper_pid, started_at (of the mount), patient (false: an error ends the daemon; true: it waits for a server that
-   is away), init (base64 of the kernel's INIT request; null at the very first start), failovers, upgrades,
-   last_exit (of the last daemon that died, "" for none: "signal SIGKILL", "exit code 1", "hung for 10 s").
+1. The request, at once or when the daemon that serves has died: what `efcfs mount` asked for (config, source,
+   mountpoint, state_dir, runtime_dir, log, verbose …) with keeper_pid, started_at (of the mount), patient (false: an
+   error ends the daemon; true: it waits for a server that is away), init (base64 of the kernel's INIT request; null at
+   the very first start), failovers, upgrades, last_exit (of the last daemon that died, "" for none: "signal SIGKILL",
+   "exit code 1", "hung for 10 s").
 2. {"serve": true, "init": …, "first": bool} with the fd of /dev/fuse. first: nobody has answered INIT yet. Not first:
    requests that another daemon had taken must be asked for again (FUSE_NOTIFY_RESEND).
 3. {"drain": true}: take no more requests, end those in flight, say drained; keep all that is needed to go on.
 4. {"upgraded": true}: another one serves now; exit with 0.
    {"upgrade_failed": "why", "served": bool}: go on as before, also after drained. served: another one had the fd
    meanwhile, so what it had taken must be asked for again.
-The end of the socket before `serve`: the keeper has changed its mind; exit. Later: the keeper is gone; serve on.
+The end of the socket before the request, or before `serve`: the keeper has changed its mind; exit. Later: the keeper
+is gone; serve on.
 
 Daemon to keeper:
 
+{"loaded": true}              all modules are loaded; it waits for the request
 {"connected": true}           ready to be given the fd
 {"ready": true}               serving
-{"beat": true}                each second from its start to its end, by the loop that serves; also while it waits for a
-                              server that is away, which it may for ever, before connected and between serve and ready
+{"beat": true}                each second from the request to its end, by the loop that serves; also while it waits for
+                              a server that is away, which it may for ever, before connected and between serve and ready
 {"error": "line", "code": n}  it ends; the line is for the user, the code is the command's
 {"upgrade": {"daemon": [argv …], "config": {…} or null}}   replace me by this one, with this config (null: the same)
 {"drained": true}             it has no request and will take none; until it is told more it does nothing at all

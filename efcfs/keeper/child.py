@@ -22,7 +22,7 @@ Message = dict[str, object]
 
 # Ticks of the keeper without a beat. Not the clock: a machine that was paused has no hung daemon.
 HANG_TICKS = 10
-# Before its first beat it has libraries to load, perhaps from a cold disk.
+# Before its first word it has modules to load, perhaps from a cold disk.
 START_TICKS = 60
 # Keep freed megabytes: the daemon's next WRITE then has no page faults, 15 % faster in sequential writing.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
@@ -36,8 +36,8 @@ OF_THE_KEEPER = {"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 class Daemon:
     """What it has said so far is in `said`; `gone` when it will say nothing more."""
 
-    def __init__(self, argv: object, request: Message) -> None:
-        """Start it. Raises OSError."""
+    def __init__(self, argv: object) -> None:
+        """Start it: it loads its modules and waits for a request. Raises OSError."""
         if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
             raise OSError(f"{argv!r} names no program")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -66,7 +66,6 @@ class Daemon:
         self.status: int | None = None
         self.silent_ticks = 0
         self.ready_at: float | None = None
-        self.say(request)
 
     def say(self, message: Message, *fds: int) -> None:
         """What it does not take, since it is dead or stopped, is noticed elsewhere."""
@@ -107,7 +106,7 @@ class Daemon:
 
     @property
     def hung(self) -> bool:
-        return not self.gone and self.silent_ticks >= (HANG_TICKS if "beat" in self.said else START_TICKS)
+        return not self.gone and self.silent_ticks >= (HANG_TICKS if self.said else START_TICKS)
 
     @property
     def lost(self) -> bool:

@@ -36,7 +36,8 @@ class Fake:
 
     def __init__(self, faults: set[str], keeper: socket.socket) -> None:
         self.keeper = keeper
-        self.request = json.loads(keeper.recv(65536))
+        self.say(loaded=True)
+        self.request = json.loads(keeper.recv(65536) or sys.exit(0))
         config = self.request["config"]
         self.content, self.diary = config["content"].encode(), config["diary"]
         again = self.request["failovers"] > 0

@@ -73,7 +73,7 @@ class Kept:
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
-                for pid in (self.process.pid, *self.daemons()):
+                for pid in (self.process.pid, *self.children()):
                     os.kill(pid, signal.SIGKILL)
                 self.process.wait(5)
         while is_mounted(self.path):
@@ -87,10 +87,15 @@ class Kept:
         return self.process.pid
 
     def daemons(self) -> list[int]:
-        """The keeper's children that live."""
-        children = Path(f"/proc/{self.keeper_pid}/task/{self.keeper_pid}/children")
+        """The keeper's children that are at work."""
+        at_work = {note["pid"] for note in self.notes("request")}
+        return [pid for pid in self.children() if pid in at_work]
+
+    def children(self) -> list[int]:
+        """Those and the spare one."""
+        path = Path(f"/proc/{self.keeper_pid}/task/{self.keeper_pid}/children")
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            return [int(pid) for pid in children.read_text().split()]
+            return [int(pid) for pid in path.read_text().split()]
         return []
 
     @property

@@ -229,15 +229,17 @@ class Disturbance:
             self.outcome.quiet.append(Span(now, now + BEGINNING_S))
 
     def daemons(self) -> list[int]:
-        """The keeper's children that are daemons; during an upgrade there are two."""
-        found = []
+        """The keeper's children that are at work, during an upgrade two; or the one that is to be."""
+        found, at_work = [], []
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             children = Path(f"/proc/{self.keeper_pid}/task/{self.keeper_pid}/children").read_text()
             for child in children.split():
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     if b"efcfs.daemon" in Path(f"/proc/{child}/cmdline").read_bytes():
                         found.append(int(child))
-        return found
+                        if Path(f"/proc/{child}/comm").read_text() == "efcfs\n":
+                            at_work.append(int(child))
+        return at_work or found
 
     def kill(self) -> None:
         """The death of a daemon at random moments."""

@@ -151,16 +151,68 @@ def test_a_daemon_that_lived_for_a_second_clears_the_count_of_young_deaths(tmp_p
     broken = tmp_path / "broken"
     with Kept(tmp_path, dying_when(broken)) as kept:
         for _ in range(3):
-            serving, deaths = kept.daemon_pid, kept.log.read_text().count("exit code 5")
+            deaths = kept.log.read_text().count("exit code 5")
             broken.touch()
-            os.kill(serving, signal.SIGKILL)
+            for pid in kept.children():
+                os.kill(pid, signal.SIGKILL)
             wait_until(lambda d=deaths: kept.log.read_text().count("exit code 5") >= d + 4)  # type: ignore[misc]
             broken.unlink()
             assert kept.file.read_bytes() == b"first"
-            served_since = time.monotonic()
-            wait_until(lambda t=served_since: time.monotonic() > t + 1.1)  # type: ignore[misc]
+            wait_until(lambda: len(kept.children()) == 2)  # it has served for a second
         kept.umount()
         kept.assert_nothing_is_left()
+
+
+# -- the spare daemon --------------------------------------------------------------------------------
+
+
+def spare(kept: Kept) -> int:
+    """Its pid, when it is there."""
+    wait_until(lambda: len(kept.children()) == 2)
+    (pid,) = set(kept.children()) - set(kept.daemons())
+    return pid
+
+
+def test_a_dead_daemon_is_followed_by_one_that_was_kept_ready(tmp_path: Path) -> None:
+    with Kept(tmp_path, fake()) as kept, open(kept.file, "rb", buffering=0) as file:
+        for _ in range(3):
+            next_pid = spare(kept)
+            os.kill(kept.daemon_pid, signal.SIGKILL)
+            assert os.pread(file.fileno(), 5, 0) == b"first"
+            assert kept.daemon_pid == next_pid
+        file.close()
+        kept.umount()
+        kept.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_spare_daemon_that_is_gone_costs_nothing(tmp_path: Path, together: bool) -> None:
+    with Kept(tmp_path, fake()) as kept:
+        gone = spare(kept)
+        os.kill(gone, signal.SIGKILL)
+        if not together:
+            wait_until(lambda: gone not in kept.children())
+        os.kill(kept.daemon_pid, signal.SIGKILL)
+        assert kept.file.read_bytes() == b"first"
+        assert kept.daemon_pid != gone
+        assert spare(kept) != gone
+
+
+def test_an_upgrade_is_not_undone_by_the_spare_daemon_of_before(tmp_path: Path) -> None:
+    with Kept(tmp_path, fake()) as kept:
+        before = spare(kept)
+        kept.ask_for_upgrade(fake("any"), content="second")
+        wait_until(lambda: kept.file.read_bytes() == b"second")
+        wait_until(lambda: before not in kept.children())
+        after = spare(kept)
+        assert b"any" in Path(f"/proc/{after}/cmdline").read_bytes().split(b"\0")
+
+
+def test_a_spare_daemon_ends_with_its_keeper(tmp_path: Path) -> None:
+    with Kept(tmp_path, fake()) as kept:
+        pid = spare(kept)
+        os.kill(kept.keeper_pid, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_daemon_may_wait_for_its_server_before_it_is_ready(tmp_path: Path) -> None:
