@@ -1,5 +1,6 @@
 """A directory as a mount shows it and as it lies on the server."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -33,6 +34,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
     while not condition():
         assert time.monotonic() < ends, "the condition did not come true"
         time.sleep(0.02)
+
+
+def nice_values(pid: int) -> set[int]:
+    """Of its threads."""
+    return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 
 
 def links(mount: Mount) -> list[dict[str, str | int]]:

@@ -29,6 +29,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(
 # Linux 6.9: a pidfd that tells of a thread, here the first one, whose end SIGKILL brings at once. The process has not
 # ended before all of its threads have, and one may sleep in the kernel.
 PIDFD_THREAD = os.O_EXCL
+# The nice value of a daemon that nobody waits for: the one that serves has the processors before it.
+BESIDE = 15
+CAP_SYS_NICE = 23
 # The service manager's, for the keeper alone.
 OF_THE_KEEPER = {"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 
@@ -118,6 +121,17 @@ class Daemon:
         """Did it serve for too short a time to have died of anything but what it found?"""
         return self.ready_at is None or time.monotonic() - self.ready_at < YOUNG_S
 
+    def stay_beside(self) -> None:
+        """Work at a low priority until `come_forward`, if that can be taken back."""
+        if may_raise_priority():
+            set_nice(self.pid, BESIDE)
+
+    def come_forward(self) -> None:
+        """All threads get our own priority."""
+        with contextlib.suppress(FileNotFoundError):
+            for thread in os.listdir(f"/proc/{self.pid}/task"):
+                set_nice(int(thread), os.getpriority(os.PRIO_PROCESS, 0))
+
     def close(self) -> None:
         self.socket.close()
         os.close(self.end)
@@ -136,6 +150,25 @@ class Daemon:
             return "killed, and its end is not in sight"
         code = os.waitstatus_to_exitcode(status)
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def may_raise_priority() -> bool:
+    """By the capability, which counts in the first user namespace only."""
+    with open("/proc/self/uid_map") as file:
+        first = file.read().split() == ["0", "0", str(2**32 - 1)]
+    with open("/proc/self/status") as file:
+        (effective,) = (int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return first and bool(effective & 1 << CAP_SYS_NICE)
+
+
+def set_nice(thread: int, nice: int) -> None:
+    try:
+        if os.getpriority(os.PRIO_PROCESS, thread) != nice:
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
+    except ProcessLookupError:  # it has ended
+        pass
+    except PermissionError as error:
+        log.warning("the priority of the daemon's thread %d stays as it is: %s", thread, error)
 
 
 def reap() -> dict[int, int]:

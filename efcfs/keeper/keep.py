@@ -146,6 +146,7 @@ class Keeper:
         daemon = self.spare or self.start(request["daemon"])
         self.spare, self.spare_due = None, math.inf
         daemon.silent_ticks = 0
+        daemon.come_forward()
         daemon.say({
             **request, "keeper_pid": os.getpid(), "started_at": self.started_at, "patient": patient,
             "init": base64.b64encode(self.init).decode() or None, "failovers": self.failovers,
@@ -165,6 +166,7 @@ class Keeper:
         self.spare_due = math.inf
         try:
             self.spare = self.start(self.request["daemon"])
+            self.spare.stay_beside()
             self.save()
         except OSError as error:
             log.warning("%s: no daemon is kept ready: %s", self.mountpoint, error)
@@ -176,6 +178,7 @@ class Keeper:
 
     def hand_over(self, daemon: Daemon) -> None:
         init = base64.b64encode(self.init).decode()
+        daemon.come_forward()
         daemon.say({"serve": True, "init": init, "first": self.first}, self.fd)
 
     def bury(self, daemon: Daemon) -> str:
@@ -357,6 +360,7 @@ class Keeper:
         except OSError as error:
             self.upgrade_failed(old, f"the new daemon cannot be started: {error}", served=False)
             return
+        new.stay_beside()
         self.wait_until(lambda: "connected" in new.said or new.lost or leaving(old), CONNECT_S)
         if "connected" in new.said and not new.lost and not leaving(old):
             old.say({"drain": True})

@@ -21,7 +21,7 @@ from efcfs.keeper import directories, kernel
 from tests.bed import Ganesha, Mount, efcfs
 from tests.faults.fake_daemon import HELD_OFFSET
 from tests.faults.keepers import Kept, fake
-from tests.place import wait_until
+from tests.place import nice_values, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -177,9 +177,11 @@ def test_a_dead_daemon_is_followed_by_one_that_was_kept_ready(tmp_path: Path) ->
     with Kept(tmp_path, fake()) as kept, open(kept.file, "rb", buffering=0) as file:
         for _ in range(3):
             next_pid = spare(kept)
+            wait_until(lambda pid=next_pid: nice_values(pid) == {15})  # type: ignore[misc]  # it does not hold up the other
             os.kill(kept.daemon_pid, signal.SIGKILL)
             assert os.pread(file.fileno(), 5, 0) == b"first"
             assert kept.daemon_pid == next_pid
+            assert nice_values(next_pid) == {0}
         file.close()
         kept.umount()
         kept.assert_nothing_is_left()

@@ -20,7 +20,7 @@ import pytest
 
 from efcfs import control
 from tests.bed import Ganesha, free_port
-from tests.place import wait_until
+from tests.place import nice_values, wait_until
 
 USAGE, SYSTEM, FAILURE = 1, 2, 32
 EFCFS = [sys.executable, "-m", "efcfs.cli.main"]
@@ -554,6 +554,10 @@ def test_a_user_without_root_mounts_through_fusermount3(bench: Bench, as_nobody:
     for field in ("keeper_pid", "daemon_pid"):
         assert Path(f"/proc/{status[field]}/status").read_text().split("Uid:")[1].split()[0] == str(NOBODY)
     assert bench.run(str(bench.path), program=[*as_nobody, "ls"]).returncode == 0
+    # The spare daemon has no lower priority, which nobody could take back.
+    children = Path(f"/proc/{status['keeper_pid']}/task/{status['keeper_pid']}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2)
+    assert {nice for pid in children.read_text().split() for nice in nice_values(int(pid))} == {0}
     bench.umount(program=[*as_nobody, *EFCFS])
     bench.assert_nothing_is_left(NOBODY)
 
