@@ -7,6 +7,7 @@ retransmission: a call that may have been executed before is judged by its effec
 This module knows no file names beyond one call and caches nothing.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import trio
 
 from efcfs.nfs import nfs3, nfs3_calls, nfs3_replies
+from efcfs.nfs.apart import Apart
 from efcfs.nfs.light import in_task
 from efcfs.nfs.link import Buffer, CallFailed
 from efcfs.nfs.pool import Pool
@@ -106,6 +108,7 @@ class Client:
         self.readdir_bytes = max(4096, min(known.rtmax or 65536, 131072))
         self.max_file_bytes = known.maxfilesize or 2**63 - 1
         self._pool = pool
+        self._apart = Apart()
 
     # -- state, for `efcfs status` -----------------------------------------------------------------
 
@@ -155,7 +158,11 @@ class Client:
     async def lookup(
         self, cred: Credential, dir_fh: bytes, name: bytes, *, impatient: bool = False
     ) -> nfs3.LookupResult:
-        return await self._ask(LOOKUP, cred, nfs3_calls.lookup_args(dir_fh, name), impatient=impatient)
+        await self._apart.enter(dir_fh)
+        try:
+            return await self._ask(LOOKUP, cred, nfs3_calls.lookup_args(dir_fh, name), impatient=impatient)
+        finally:
+            self._apart.leave(dir_fh)
 
     async def access(
         self, cred: Credential, fh: bytes, wanted: int, *, impatient: bool = False
@@ -246,7 +253,11 @@ class Client:
     async def remove(
         self, cred: Credential, dir_fh: bytes, name: bytes, *, again: bool = False
     ) -> nfs3.RemoveResult:
-        return await self._remove(REMOVE, cred, nfs3_calls.remove_args(dir_fh, name), again)
+        await self._apart.enter(dir_fh)
+        try:
+            return await self._remove(REMOVE, cred, nfs3_calls.remove_args(dir_fh, name), again)
+        finally:
+            self._apart.leave(dir_fh)
 
     async def rmdir(
         self, cred: Credential, dir_fh: bytes, name: bytes, *, again: bool = False
@@ -257,7 +268,8 @@ class Client:
         self, cred: Credential, from_fh: bytes, from_name: bytes, to_fh: bytes, to_name: bytes, *, again: bool = False
     ) -> nfs3.RenameResult:
         args = nfs3_calls.rename_args(from_fh, from_name, to_fh, to_name)
-        result, sent_again = await self._try(RENAME, cred, args, again=again)
+        async with self._apart.between(from_fh, to_fh) if from_fh != to_fh else contextlib.nullcontext():
+            result, sent_again = await self._try(RENAME, cred, args, again=again)
         if sent_again and result.status == nfs3.NFS3ERR_NOENT:
             await self.lookup(cred, to_fh, to_name)  # raises NOENT if the first try did not do it either
             return result
@@ -276,15 +288,23 @@ class Client:
     async def readdir(
         self, cred: Credential, fh: bytes, cookie: int, verifier: bytes
     ) -> nfs3.ReaddirResult:
-        return await self._ask(READDIR, cred, nfs3_calls.readdir_args(fh, cookie, verifier, self.readdir_bytes))
+        await self._apart.enter(fh)
+        try:
+            return await self._ask(READDIR, cred, nfs3_calls.readdir_args(fh, cookie, verifier, self.readdir_bytes))
+        finally:
+            self._apart.leave(fh)
 
     async def readdirplus(
         self, cred: Credential, fh: bytes, cookie: int, verifier: bytes
     ) -> nfs3.ReaddirplusResult:
         size = self.readdir_bytes
-        return await self._ask(
-            READDIRPLUS, cred, nfs3_calls.readdirplus_args(fh, cookie, verifier, size, size)
-        )
+        await self._apart.enter(fh)
+        try:
+            return await self._ask(
+                READDIRPLUS, cred, nfs3_calls.readdirplus_args(fh, cookie, verifier, size, size)
+            )
+        finally:
+            self._apart.leave(fh)
 
     async def fsstat(self, cred: Credential, fh: bytes, *, impatient: bool = False) -> nfs3.FsstatResult:
         return await self._ask(FSSTAT, cred, nfs3_calls.fsstat_args(fh), impatient=impatient)

@@ -6,7 +6,6 @@ died over it, gets the answer of the first time: the client judges most calls by
 exclusive CREATE are judged here.
 """
 
-import contextlib
 import errno
 import os
 import stat
@@ -257,8 +256,7 @@ class Names:
         asked_at = time.monotonic()
         try:
             with self._hiding.removal(replaced), self._directories.changing((old, name), (new, new_name)):
-                async with self._directories.apart if old is not new else contextlib.nullcontext():
-                    result = await self._client.rename(cred, old.fh, name, new.fh, new_name, again=request.again)
+                result = await self._client.rename(cred, old.fh, name, new.fh, new_name, again=request.again)
                 self._attributes.update_wcc(old, result.from_wcc, asked_at)
                 if new is not old:
                     self._attributes.update_wcc(new, result.to_wcc, asked_at)
