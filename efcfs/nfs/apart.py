@@ -2,7 +2,8 @@
 
 NFS-Ganesha sleeps for a second in such a RENAME when it finds the lock of one of the two taken (mdcache_src_dest_lock),
 by a LOOKUP, a REMOVE or a READDIR. The kernel lets nobody list or change what it renames in; what it does not hold back
-does: LOOKUPs of names that are known and no longer fresh, and calls of the daemon's own. No I/O here.
+does: LOOKUPs of names that are known and no longer fresh, and calls of the daemon's own. Nobody waits longer than the
+second that is to be saved: the server may be away, and a LOOKUP then wants to be told so. No I/O here.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from collections.abc import AsyncIterator
 import trio
 
 from efcfs.nfs.light import in_task
+
+MOST_S = 1.0
 
 
 class Apart:
@@ -28,8 +31,9 @@ class Apart:
         """Wait until no RENAME is for that directory. To be followed by `leave`."""
         if fh in self.moving:
             await in_task()
-            while fh in self.moving:  # which may have changed while the task began
-                await self._waiting.park()
+            with trio.move_on_after(MOST_S):
+                while fh in self.moving:  # which may have changed while the task began
+                    await self._waiting.park()
         self._inside[fh] = self._inside.get(fh, 0) + 1
 
     def leave(self, fh: bytes) -> None:
@@ -45,12 +49,14 @@ class Apart:
     async def between(self, *fhs: bytes) -> AsyncIterator[None]:
         """A RENAME is to go from one directory to the other: not before those are out who are in there."""
         await in_task()
-        while not self.moving.isdisjoint(fhs):
-            await self._waiting.park()
+        with trio.move_on_after(MOST_S):
+            while not self.moving.isdisjoint(fhs):
+                await self._waiting.park()
         self.moving.update(fhs)
         try:
-            while not self._inside.keys().isdisjoint(fhs):
-                await self._waiting.park()
+            with trio.move_on_after(MOST_S):
+                while not self._inside.keys().isdisjoint(fhs):
+                    await self._waiting.park()
             yield
         finally:
             self.moving.difference_update(fhs)

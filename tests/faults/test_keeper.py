@@ -158,7 +158,7 @@ def test_a_daemon_that_lived_for_a_second_clears_the_count_of_young_deaths(tmp_p
             wait_until(lambda d=deaths: kept.log.read_text().count("exit code 5") >= d + 4)  # type: ignore[misc]
             broken.unlink()
             assert kept.file.read_bytes() == b"first"
-            wait_until(lambda: len(kept.children()) == 2)  # it has served for a second
+            wait_until(lambda: len(kept.children()) == 2)  # it has served for longer than a young one
         kept.umount()
         kept.assert_nothing_is_left()
 
