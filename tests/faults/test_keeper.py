@@ -276,7 +276,9 @@ def test_an_upgrade_replaces_the_daemon_and_its_config_under_an_open_file(tmp_pa
         old = kept.daemon_pid
         kept.ask_for_upgrade(fake("any"), content="second")
         wait_until(lambda: os.pread(file.fileno(), 6, 0) == b"second")
-        assert kept.heard("drain") and kept.heard("upgraded") and not kept.heard("upgrade_failed")
+        # The new daemon serves before the old one reads that it is done.
+        wait_until(lambda: bool(kept.heard("drain") and kept.heard("upgraded")))
+        assert not kept.heard("upgrade_failed")
         wait_until(lambda: kept.daemons() != [] and old not in kept.daemons())
         last = kept.requests()[-1]
         assert (last["upgrades"], last["failovers"], last["last_exit"]) == (1, 0, "")
