@@ -112,7 +112,7 @@ class Mount:
         async with trio.open_nursery() as answering, trio.open_nursery() as nursery:
             self._answering, self._nursery = answering, nursery
             self._listen()
-            self._fs.attach(KernelCaches(fuse_fd, nursery))
+            self._fs.attach(KernelCaches(fuse_fd))
             ready = partial(self._ready, fuse_fd)
             await session.serve(self._fs, fuse_fd, init, first=first, on_ready=ready)
             if not self._replaced:

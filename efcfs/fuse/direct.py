@@ -74,7 +74,7 @@ class Asked(NamedTuple):
 
     @property
     def request(self) -> Request:
-        return Request(self.unique & ~FUSE_UNIQUE_RESEND, self.unique >= FUSE_UNIQUE_RESEND)
+        return Request(self.unique & ~FUSE_UNIQUE_RESEND, self.unique >= FUSE_UNIQUE_RESEND, self.pid)
 
 
 # Given the head and what follows it, the body of the answer; None: not without waiting. Both raise FUSEError.

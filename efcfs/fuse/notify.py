@@ -28,28 +28,24 @@ def resend(fuse_fd: int) -> None:
 
 
 class KernelCaches:
-    """The kernel's caches of one mount (`vfs.attributes.Kernel`)."""
+    """The kernel's caches of one mount (`vfs.kernelview.Kernel`)."""
 
-    def __init__(self, fuse_fd: int, nursery: trio.Nursery) -> None:
+    def __init__(self, fuse_fd: int) -> None:
         # Its own, open as long as this process: a thread may still be at it when the session has closed the other,
         # whose number may be another file's by then.
         self._fuse_fd = os.dup(fuse_fd)
-        self._nursery = nursery
 
     def drop_attributes(self, ino: int) -> None:
         self._tell(_INVAL_INODE.pack(_INVAL_INODE.size, FUSE_NOTIFY_INVAL_INODE, 0, ino, -1, 0))
 
-    def drop_pages(self, ino: int) -> None:
+    async def drop_pages(self, ino: int) -> None:
         message = _INVAL_INODE.pack(_INVAL_INODE.size, FUSE_NOTIFY_INVAL_INODE, 0, ino, 0, 0)
-        self._nursery.start_soon(self._in_thread, message)
+        await trio.to_thread.run_sync(self._tell, message, abandon_on_cancel=True)
 
     def store_pages(self, ino: int, data: bytes) -> None:
         """Put the bytes of a whole file into the page cache. Blocks: for a thread."""
         head = _STORE.pack(_STORE.size + len(data), FUSE_NOTIFY_STORE, 0, ino, 0, len(data))
         self._tell(head, data)
-
-    async def _in_thread(self, message: bytes) -> None:
-        await trio.to_thread.run_sync(self._tell, message, abandon_on_cancel=True)
 
     def _tell(self, *pieces: bytes) -> None:
         try:

@@ -11,7 +11,6 @@ import errno
 import logging
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client
@@ -21,6 +20,7 @@ from efcfs.nfs.rpc import Credential
 from efcfs.vfs.absent import Absent
 from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.inodes import Inode, Inodes
+from efcfs.vfs.kernelview import KernelView
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +39,6 @@ class Timeouts:
     acdirmax_s: float = 60.0
 
 
-class Kernel(Protocol):
-    """What the file system asks of the kernel's caches."""
-
-    def drop_attributes(self, ino: int) -> None: ...
-
-    def drop_pages(self, ino: int) -> None: ...
-
-    def store_pages(self, ino: int, data: bytes) -> None:
-        """Put the bytes of a whole file into the page cache. Blocks: for a thread."""
-
-
 def version(attr: Fattr) -> tuple[int, int, int]:
     """What tells one state of a file from another in NFSv3, which has no change counter."""
     return (attr.size, attr.mtime_ns, attr.ctime_ns)
@@ -59,9 +48,10 @@ class Attributes:
     """The attribute cache of one mount."""
 
     def __init__(
-        self, client: Client, timeouts: Timeouts, consistency: Consistency, inodes: Inodes, absent: Absent
-    ) -> None:
-        self.kernel: Kernel | None = None
+        self, client: Client, timeouts: Timeouts, consistency: Consistency, inodes: Inodes, absent: Absent,
+        view: KernelView,
+    ) -> None:  # fmt: skip
+        self.view = view
         self._client = client
         self._timeouts = timeouts
         self._consistency = consistency
@@ -206,8 +196,7 @@ class Attributes:
     def lose(self, inode: Inode) -> None:
         """They changed by a call of ours that returned no new ones."""
         self.expire(inode)
-        if self.kernel is not None:
-            self.kernel.drop_attributes(inode.ino)
+        self.view.drop_attributes(inode)
 
     def doubt(self, inode: Inode) -> None:
         """Bytes of it were changed, and no attributes came that tell so: the next read asks for them."""
@@ -224,5 +213,6 @@ class Attributes:
 
     def _changed_by_others(self, inode: Inode) -> None:
         inode.name_doubtful = True
-        if inode.open_file is not None and self.kernel is not None:
-            self.kernel.drop_pages(inode.ino)
+        # Of a file that nobody has open, the next open(2) drops the pages (`Opening.opened`).
+        if inode.open_file is not None and inode.open_file.handles:
+            self.view.drop_pages(inode)

@@ -54,7 +54,8 @@ class Entries:
             attr = attr._replace(size=file.dirty_end)
         if file is not None and file.sillyname is not None:
             attr = attr._replace(nlink=attr.nlink - 1)  # the hidden name does not count
-        inode.kernel_size_bytes = attr.size
+        if inode.kernel_size_bytes != attr.size:
+            self._attributes.view.told(inode, attr.size)
         return Entry(inode.ino, inode.generation, attr, entry_timeout_s, self._attributes.remaining_s(inode))
 
     def missing(self, directory: Inode, for_s: float | None = None) -> Entry:
@@ -80,7 +81,10 @@ class Entries:
             raise OSError(errno.EIO, "LOOKUP without a file handle")
         if attr is None:
             attr = await self._client.getattr(cred, fh)
-        return self.enter(directory.ino, name, fh, attr, asked_at)
+        entry = self.enter(directory.ino, name, fh, attr, asked_at)
+        if self._attributes.view.dropping:
+            await self._attributes.view.agreed(entry.ino)
+        return entry
 
     async def enter_made(
         self, directory: Inode, name: bytes, made: nfs3.CreateResult, asked_at: float, cred: Credential

@@ -28,7 +28,7 @@ from efcfs.nfs.nfs3 import Fattr, Sattr
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.absent import Absent
-from efcfs.vfs.attributes import Attributes, Kernel, Timeouts
+from efcfs.vfs.attributes import Attributes, Timeouts
 from efcfs.vfs.consistency import Consistency, Mode
 from efcfs.vfs.directories import Directories
 from efcfs.vfs.dirtylog import DirtyLog
@@ -36,6 +36,7 @@ from efcfs.vfs.entries import Entries, Entry, ListedEntry
 from efcfs.vfs.handles import Handles, Request
 from efcfs.vfs.hiding import Hiding
 from efcfs.vfs.inodes import ROOT_INO, Inode, Inodes
+from efcfs.vfs.kernelview import Kernel, KernelView
 from efcfs.vfs.names import Names
 from efcfs.vfs.openfile import Extent, Handle
 from efcfs.vfs.opening import Opened, Opening
@@ -76,7 +77,8 @@ class FileSystem:
         self.read_only = options.read_only
         self.dirty = dirty
         absent = Absent()
-        self.attributes = attributes = Attributes(client, options.timeouts, options.consistency, inodes, absent)
+        self._view = view = KernelView(nursery)
+        self.attributes = attributes = Attributes(client, options.timeouts, options.consistency, inodes, absent, view)
         self._entries = Entries(client, inodes, attributes, options.lookupcache)
         self._directories = directories = Directories(client, attributes, inodes.listings, absent, nursery)
         self._hiding = Hiding(client, inodes, attributes, directories)
@@ -103,7 +105,7 @@ class FileSystem:
 
     def attach(self, kernel: Kernel) -> None:
         """From now on the kernel may be told things."""
-        self.attributes.kernel = kernel
+        self._view.kernel = kernel
         if self.prefetch is not None and self.is_immutable:
             self.prefetch.store_pages = kernel.store_pages
 
@@ -146,7 +148,7 @@ class FileSystem:
     def getattr_at_once(self, ino: int) -> Entry | None:
         """What is cached, if it may be believed."""
         inode = self._inodes.get(ino)
-        if inode.open_file is not None and inode.open_file.extents:
+        if (inode.open_file is not None and inode.open_file.extents) or ino in self._view.dropping:
             return None
         return self._entries.of(inode) if inode.attr is not None and self.attributes.remaining_s(inode) else None
 
@@ -156,6 +158,8 @@ class FileSystem:
             # stat(2) tells the times that the server gave; so the writes must be there first.
             await self.writer.flush(inode.open_file)
         await self.attributes.get(inode, cred)
+        if self._view.dropping:
+            await self._view.agreed(ino)
         return self._entries.of(inode)
 
     async def setattr(
@@ -194,7 +198,12 @@ class FileSystem:
             await self.attributes.revalidate(inode, cred)
         if size_bytes is not None:
             self._inodes.note(inode)  # as after a write (`writer.py`)
-        return self._entries.of(inode)
+        # Nothing waits for pages here: the kernel drops them itself when the size is another, and while it truncates it
+        # holds back writes for which their end would wait.
+        entry = self._entries.of(inode)
+        assert entry.attr is not None
+        self._view.settled(inode, entry.attr.size)
+        return entry
 
     async def access(self, ino: int, mask: int, cred: Credential) -> bool:
         inode = self._inodes.get(ino)
@@ -237,10 +246,10 @@ class FileSystem:
             await self._hiding.removals[ino].wait()
         file = opening.begin(inode)
         try:
-            await opening.check(inode, flags, cred)
+            await opening.check(inode, flags, cred, request.thread)
             if flags & os.O_TRUNC:
                 await self.setattr(ino, cred, size_bytes=0)
-                inode.kernel_size_bytes = 0
+                self._view.settled(inode, 0)
             if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
                 self.prefetch.opened(inode, cred)
             return opening.opened(inode, flags, cred, request)
@@ -331,13 +340,15 @@ class FileSystem:
         if not writer.take(handle, offset, data):
             return None
         self._grow(handle.file.ino, offset + len(data))
-        if handle.flags & os.O_SYNC or not had_room:  # O_DSYNC is a part of O_SYNC
+        if handle.flags & (os.O_SYNC | os.O_DIRECT) or not had_room:  # O_DSYNC is a part of O_SYNC
             return Taken.ANSWER_LATER
         return Taken.ANSWER
 
     async def taken(self, handle_id: int) -> None:
         """Wait until what `write_at_once` has kept may be answered."""
         handle = self._opening.handles[handle_id]
+        if handle.flags & os.O_DIRECT:
+            await self._drop_read_beside(handle)
         if handle.flags & os.O_SYNC:
             await self._sync(handle)
         else:
@@ -393,7 +404,12 @@ class FileSystem:
         """
         listing = self._opening.listings[handle_id]
         entries, start = await listing.after(cookie)
-        return self._entries.enter_listed(listing, entries[start : start + most])
+        listed = self._entries.enter_listed(listing, entries[start : start + most])
+        if self._view.dropping:
+            for entry in listed:
+                if entry.entry is not None:
+                    await self._view.agreed(entry.entry.ino)
+        return listed
 
     def releasedir(self, handle_id: int) -> None:
         self._opening.releasedir(handle_id)
@@ -423,8 +439,20 @@ class FileSystem:
         inode = self._inodes.get(ino)
         if inode.open_file is not None and inode.open_file.written == 1:
             self._touched(inode)
-        if inode.kernel_size_bytes is not None:
-            inode.kernel_size_bytes = max(inode.kernel_size_bytes, end)
+        if -1 < inode.kernel_size_bytes < end:
+            inode.kernel_size_bytes = end
+
+    async def _drop_read_beside(self, handle: Handle) -> None:
+        """Drop pages that were read while a direct write was on its way.
+
+        The kernel does so before the write, and after it only if it is not asynchronous.
+        """
+        file = handle.file
+        inode = self._inodes.get(file.ino)
+        inode.pages_version = None  # for who read them and has closed the file by now
+        if any(not other.flags & os.O_DIRECT for other in file.handles):
+            self._view.drop_pages(inode)
+            await self._view.agreed(inode.ino)
 
     def _touched(self, inode: Inode) -> None:
         """We change the file itself."""

@@ -45,10 +45,12 @@ class Request(NamedTuple):
     """What of the kernel's request matters when a daemon may have died over it.
 
     `unique`: its number. `again`: a daemon before this one took it, and may have done it before it died.
+    `thread`: who waits for it, as the kernel numbers threads.
     """
 
     unique: int
     again: bool
+    thread: int = 0
 
 
 class Slot(NamedTuple):

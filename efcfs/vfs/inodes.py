@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import struct
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -41,18 +42,22 @@ OWN_NUMBERS = 1 << 62
 # nlookup, parent, generation, attributes fetched at, attribute timeout, length of fh, attributes known, what wrote the
 # record, size in the kernel, whether the version of its pages is known, that version
 _RECORD = struct.Struct(">QQIddBBQq?Qqq")
-_SIZE_UNKNOWN = -1
+SIZE_UNKNOWN = -1
 _FATTR_BYTES = 84
 _KEY = struct.Struct(">Q")
-_SECONDS = struct.Struct(">d")
+# thread, monotonic seconds
+_WALKER = struct.Struct(">Qd")
+# Who is walking a path again; nobody takes longer.
+WALK_S = 1.0
 
 
 class Inode:
     """A file that the kernel knows. `parent` and `name` are where it was last looked up or moved to."""
 
     __slots__ = (
-        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_bytes", "mode", "name", "name_doubtful", "nlookup",
-        "open_file", "opened_at", "pages_version", "parent", "taught_at", "timeout_s",
+        "attr", "attr_at", "fh", "generation", "ino", "kernel_size_asked", "kernel_size_bytes", "kernel_size_sure",
+        "kernel_size_taught", "mode", "name", "name_doubtful", "nlookup", "open_file", "opened_at", "pages_version",
+        "parent", "timeout_s", "walkers",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes, parent: int, name: bytes) -> None:
@@ -67,13 +72,16 @@ class Inode:
         # Monotonic seconds, the same clock for every daemon since boot.
         self.attr_at = 0.0
         self.timeout_s = 0.0
-        # Of which version the kernel's pages are, and what size it believes in; None: not known.
+        # Of which version the kernel's pages are; None: not known.
         self.pages_version: tuple[int, int, int] | None = None
-        self.kernel_size_bytes: int | None = None
+        # The size that the kernel was told last, and the rest of `kernelview.py`'s: whether it surely believes it;
+        # whether it was told nothing else since it was made to look; whether it asks before it reads beyond the end.
+        self.kernel_size_bytes = SIZE_UNKNOWN
+        self.kernel_size_sure = self.kernel_size_taught = self.kernel_size_asked = False
         # Somebody else changed it since its name was looked up; that may have been a rename.
         self.name_doubtful = False
-        # 0: not by this daemon. See `Inodes.taught_at`.
-        self.taught_at = 0.0
+        # Threads that were made to walk the path again, and when; None: as a daemon before us noted.
+        self.walkers: dict[int, float] | None = None
         self.open_file: OpenFile | None = None
         # When it was last opened (monotonic seconds).
         self.opened_at = float("-inf")
@@ -99,7 +107,7 @@ class Inodes:
         self._by_fh = self._env.database(b"fh")
         self._by_name = self._env.database(b"name")
         self._hidden = self._env.database(b"hidden")
-        self._taught = self._env.database(b"taught")
+        self._walkers = self._env.database(b"walkers")
         self.listings = Listings(self._env)
         # Tells what this daemon wrote from what is older than what the kernel was told since.
         self._writer = int.from_bytes(os.urandom(8), "big")
@@ -148,6 +156,7 @@ class Inodes:
                         inode.parent, inode.name = parent, name
                 else:
                     inode = self._new(txn, fh, parent, name, attr.fileid, attr.fsid)
+                    inode.kernel_size_sure = True  # it will be new to the kernel, which takes the first answer
                     txn.put(fh, _KEY.pack(inode.ino), db=self._by_fh)
                     self._inodes[inode.ino] = inode
                     new.append(inode)
@@ -311,14 +320,23 @@ class Inodes:
                 del self._inodes[inode.ino]
             self._inodes.update((inode.ino, inode) for inode in staying)
 
-    def taught_at(self, inode: Inode) -> float:
-        """When the kernel was last made to look it up again, by this daemon or another (monotonic seconds)."""
-        found = self._env.get(_KEY.pack(inode.ino), self._taught) if not inode.taught_at else None
-        return float(_SECONDS.unpack(found)[0]) if found is not None else inode.taught_at
+    def walks(self, inode: Inode, thread: int) -> None:
+        """The kernel was made to walk the path again in this thread, which then comes back, to whichever daemon."""
+        walkers, now = self._walking(inode), time.monotonic()
+        walkers[thread] = now
+        inode.walkers = walkers = {who: at for who, at in walkers.items() if now - at <= WALK_S}
+        packed = b"".join(_WALKER.pack(*walker) for walker in walkers.items())
+        self._done_already(lambda txn: txn.put(_KEY.pack(inode.ino), packed, db=self._walkers))
 
-    def taught(self, inode: Inode, at: float) -> None:
-        inode.taught_at = at
-        self._done_already(lambda txn: txn.put(_KEY.pack(inode.ino), _SECONDS.pack(at), db=self._taught))
+    def walked(self, inode: Inode, thread: int) -> bool:
+        """Whether the thread comes back from such a walk. It is said once."""
+        return time.monotonic() - self._walking(inode).pop(thread, float("-inf")) <= WALK_S
+
+    def _walking(self, inode: Inode) -> dict[int, float]:
+        if inode.walkers is None:
+            found = self._env.get(_KEY.pack(inode.ino), self._walkers)
+            inode.walkers = dict(_WALKER.iter_unpack(found)) if found is not None else {}
+        return inode.walkers
 
     def note(self, inode: Inode) -> None:
         """Write down what is known of it, for a daemon that starts while the server is away."""
@@ -327,7 +345,7 @@ class Inodes:
     def _delete(self, txn: lmdb.Transaction, inode: Inode) -> None:
         key = _KEY.pack(inode.ino)
         txn.delete(key, db=self._by_ino)
-        txn.delete(key, db=self._taught)
+        txn.delete(key, db=self._walkers)
         if txn.get(inode.fh, db=self._by_fh) == key:
             txn.delete(inode.fh, db=self._by_fh)
         name_key = _KEY.pack(inode.parent) + inode.name
@@ -337,7 +355,7 @@ class Inodes:
     def _put(self, txn: lmdb.Transaction, inode: Inode, newer: Fattr | None = None) -> None:
         """`newer`: attributes that came just now, and that the inode will take over."""
         attr = newer if newer is not None else inode.attr
-        size = inode.kernel_size_bytes if inode.kernel_size_bytes is not None else _SIZE_UNKNOWN
+        size = inode.kernel_size_bytes if inode.kernel_size_sure else SIZE_UNKNOWN
         head = _RECORD.pack(
             inode.nlookup, inode.parent, inode.generation, inode.attr_at, inode.timeout_s, len(inode.fh),
             attr is not None,
@@ -359,8 +377,8 @@ class Inodes:
         inode = Inode(ino, bytes(record[_RECORD.size : fh_end]), parent, bytes(record[name_at:]))
         inode.nlookup = nlookup
         inode.generation = generation
-        if writer == self._writer and size != _SIZE_UNKNOWN:
-            inode.kernel_size_bytes = size
+        if writer == self._writer and size != SIZE_UNKNOWN:
+            inode.kernel_size_bytes, inode.kernel_size_sure = size, True
         if has_pages:
             inode.pages_version = (pages[0], pages[1], pages[2])
         if known:

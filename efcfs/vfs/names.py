@@ -58,6 +58,8 @@ class Names:
         directory = self._inodes.get(parent)
         if self._entries.lookupcache != "all" or name in (b".", b".."):
             return None
+        if self._attributes.view.dropping:
+            return None  # it may be of this file, and then has to wait
         left_s = self._directories.absent_s(directory, name)
         if left_s:
             return self._entries.missing(directory, left_s)

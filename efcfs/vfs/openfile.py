@@ -11,6 +11,7 @@ from efcfs.cache.file import CachedFile
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.dirtylog import Record
+from efcfs.vfs.ownwrites import OwnWrites
 
 
 class ExtentState(enum.Enum):
@@ -63,8 +64,8 @@ class OpenFile:
     """An inode that has handles, or is about to. `extents` are in the order in which they were written."""
 
     __slots__ = (
-        "cached", "changed", "committing", "doubtful", "extents", "fh", "handles", "ino", "opening", "sending",
-        "sillyname", "written",
+        "cached", "changed", "committing", "doubtful", "extents", "fh", "handles", "ino", "opening", "own_writes",
+        "sending", "sillyname", "written",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes) -> None:
@@ -74,6 +75,8 @@ class OpenFile:
         # How many open(2) are under way.
         self.opening = 0
         self.extents: list[Extent] = []
+        # While there are extents; None: of what a daemon before us began, or one failed.
+        self.own_writes: OwnWrites | None = None
         # Woken whenever an extent changes its state.
         self.changed = trio.lowlevel.ParkingLot()
         self.committing = False

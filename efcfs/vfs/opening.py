@@ -37,8 +37,6 @@ FMODE_EXEC = 0o40
 MAX_STANDING = 1024
 # A file that was opened so lately is likely to be opened again, and hidden instead of removed when it is replaced.
 LATELY_S = 1.0
-# A kernel that was made to look a file up again does so within this time.
-TAUGHT_S = 1.0
 # How long removing a hidden name may take when the program that opened it is gone.
 CLOSE_S = 5.0
 
@@ -109,15 +107,18 @@ class Opening:
         file.opening += 1
         return file
 
-    async def check(self, inode: Inode, flags: int, cred: Credential) -> None:
+    async def check(self, inode: Inode, flags: int, cred: Credential, thread: int) -> None:
         """Whether the server allows it, and whether the kernel knows what it opens."""
         cto = self._cto and self._attributes.mode_of(inode) is not Mode.IMMUTABLE
         if cto or not self._attributes.remaining_s(inode):
             if not await self._attributes.may(inode, _wanted_by(flags), cred):
                 raise OSError(errno.EACCES, "the server does not allow it")
             if inode.name_doubtful:
-                await self._check_name(inode, cred)
-            self._check_kernel_size(inode, flags)
+                await self._check_name(inode, cred, thread)
+            if self._attributes.view.dropping and not flags & os.O_TRUNC:
+                # The kernel drops all pages when it truncates, and until then it may hold back what this waits for.
+                await self._attributes.view.agreed(inode.ino)
+            self._check_kernel_size(inode, flags, thread)
 
     def opened(self, inode: Inode, flags: int, cred: Credential, request: Request | None) -> Opened:
         """A new handle; without a request it is one that no other daemon needs to know."""
@@ -236,7 +237,7 @@ class Opening:
 
     # -- does the kernel know what it opens? ---------------------------------------------------------
 
-    async def _check_name(self, inode: Inode, cred: Credential) -> None:
+    async def _check_name(self, inode: Inode, cred: Credential, thread: int) -> None:
         """Make the kernel look the name up again if it is another file's now.
 
         A file that was replaced lives on while another client has it open, under a hidden name: its handle alone
@@ -252,33 +253,32 @@ class Opening:
         except (ServerAway, KeyError):  # its directory was forgotten
             return
         inode.name_doubtful = not same
-        if not same:
-            self._teach(inode, "name is another file's now")
+        if not same and not self._inodes.walked(inode, thread):
+            self._walk_again(inode, thread, "name is another file's now")
 
-    def _check_kernel_size(self, inode: Inode, flags: int) -> None:
+    def _check_kernel_size(self, inode: Inode, flags: int, thread: int) -> None:
         """Make the kernel learn a size that changed elsewhere, before it uses its own for O_APPEND or a read.
 
         An OPEN reply carries no attributes. Who reads asks for them when they were dropped. Who appends does not: there
         ESTALE makes the kernel walk the path again with LOOKUPs, whose replies have them, and then open again; the
-        program does not see it. The kernel does so once, so a file that changes all the time is let through.
+        program does not see it. The kernel does so once, so the second open of that thread is let through.
         """
-        attr, file = inode.attr, inode.open_file
+        attr, file, view = inode.attr, inode.open_file, self._attributes.view
         if attr is None or attr.type != nfs3.NF3REG or (file is not None and file.extents):
             return
-        known, inode.kernel_size_bytes = inode.kernel_size_bytes, attr.size
-        if known == attr.size:
-            return
-        if self._attributes.kernel is not None:
-            self._attributes.kernel.drop_attributes(inode.ino)
-        if flags & os.O_APPEND:
-            self._teach(inode, "size changed on the server, or was told by a daemon before us")
+        known = inode.kernel_size_bytes == attr.size
+        if not flags & os.O_APPEND:
+            if not known and not inode.kernel_size_asked:
+                view.forget_size(inode)
+        elif inode.walkers != {} and self._inodes.walked(inode, thread):
+            view.end_teaching(inode)
+        elif not known or not inode.kernel_size_sure:
+            view.begin_teaching(inode)
+            self._walk_again(inode, thread, "size changed on the server, or is not surely known to the kernel")
 
-    def _teach(self, inode: Inode, why: str) -> None:
-        """Once for each time that the kernel walks the path, whichever daemon it meets then."""
-        now = time.monotonic()
-        if now - self._inodes.taught_at(inode) > TAUGHT_S:
-            self._inodes.taught(inode, now)
-            raise OSError(errno.ESTALE, why)
+    def _walk_again(self, inode: Inode, thread: int, why: str) -> None:
+        self._inodes.walks(inode, thread)
+        raise OSError(errno.ESTALE, why)
 
 
 def _wanted_by(flags: int) -> int:

@@ -23,7 +23,7 @@ from efcfs.nfs import nfs3
 from efcfs.nfs.client import Client
 from efcfs.nfs.light import in_task
 from efcfs.nfs.link import Buffer
-from efcfs.nfs.nfs3 import Fattr
+from efcfs.nfs.nfs3 import Fattr, Wcc
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.attributes import Attributes, version
 from efcfs.vfs.dirtylog import DirtyLog, Record
@@ -31,6 +31,7 @@ from efcfs.vfs.errors import SERVER_ERRORS, errno_of
 from efcfs.vfs.handles import Handles
 from efcfs.vfs.inodes import Inodes
 from efcfs.vfs.openfile import Extent, ExtentState, Handle, OpenFile, Piece
+from efcfs.vfs.ownwrites import OwnWrites
 
 log = logging.getLogger(__name__)
 
@@ -203,14 +204,18 @@ class Writer:
                 offset += result.count
                 piece = piece[result.count :]
                 self._take_over(file, result.wcc.after, asked_at, offset)
+        self._inodes.get(file.ino).pages_version = None  # as for writes that may not all have been ours (`_done`)
 
     def take_left(self, handle: Handle, offset: int, record: Record) -> None:
         """What a daemon before us kept and did not bring to the server's disk."""
         self.dirty_bytes += record.length_bytes
         self._dirty_files[handle.file.ino] = handle.file
         self._add(handle.file, record, offset, handle.cred)
+        handle.file.own_writes = None
 
     def _add(self, file: OpenFile, record: Record, offset: int, cred: Credential) -> None:
+        if not file.extents:
+            file.own_writes = OwnWrites(self._inodes.get(file.ino).pages_version)
         now = time.monotonic()
         for start in range(0, record.length_bytes, self._client.wsize):
             piece = Piece(record, start, min(start + self._client.wsize, record.length_bytes))
@@ -328,6 +333,7 @@ class Writer:
                 offset += result.count
                 left -= result.count
                 after = result.wcc.after
+                self._link(file, result.wcc)
                 if before is not None and after is not None and version(after) == version(before):
                     # Other bytes, the same version: the server's clock is coarse, or these attributes are old.
                     await in_task()
@@ -393,6 +399,7 @@ class Writer:
             file.changed.unpark_all()
         if any(verifier != result.verifier for _, verifier in unstable):
             self._lost(file)
+        self._link(file, result.wcc)
         self._take_over(file, result.wcc.after, asked_at)
         # An extent that was sent again meanwhile has another verifier and waits for the next COMMIT.
         self._done(
@@ -413,9 +420,13 @@ class Writer:
         file.extents = [e for e in file.extents if e.state is not DONE]
         if not file.extents:
             self._dirty_files.pop(file.ino, None)
+            # The kernel's pages are of this version if all writes were ours; if not, the next open(2) drops them.
+            inode = self._inodes.get(file.ino)
+            inode.pages_version = file.own_writes.final() if file.own_writes is not None else None
+            file.own_writes = None
             # Before the log forgets them: the next daemon must not find the version of before these writes, whose bytes
             # may still be cached, while the server is away.
-            self._inodes.note(self._inodes.get(file.ino))
+            self._inodes.note(inode)
         for extent in extents:
             for piece in extent.pieces:
                 self._log.done(piece.record, piece.end - piece.start)
@@ -425,11 +436,17 @@ class Writer:
     def _failed(self, file: OpenFile, extents: list[Extent], error: Exception) -> None:
         number = errno_of(error)
         log.error("write of inode %d failed: %s", file.ino, error)
+        file.own_writes = None
         for handle in file.handles:
             if not handle.error:
                 handle.error = number
                 self._handles.set_error(handle.number, number)
         self._done(file, extents)
+
+    @staticmethod
+    def _link(file: OpenFile, wcc: Wcc) -> None:
+        if file.own_writes is not None:
+            file.own_writes.replied(wcc.before, version(wcc.after) if wcc.after is not None else None)
 
     def _take_over(self, file: OpenFile, attr: Fattr | None, asked_at: float, written_end: int = 0) -> None:
         # Replies of pipelined WRITEs arrive in any order, so their pre-op attributes tell nothing.
