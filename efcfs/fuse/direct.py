@@ -59,6 +59,7 @@ MODE_OF_TYPE = {
     nfs3.NF3SOCK: stat.S_IFSOCK,
     nfs3.NF3FIFO: stat.S_IFIFO,
 }
+DEVICES = (nfs3.NF3CHR, nfs3.NF3BLK)
 # Programs size their buffers by it; 1 MiB for each open file of a small-file reader would be too much.
 BLKSIZE = 128 * 1024
 
@@ -180,15 +181,20 @@ def _split(timeout_s: float) -> tuple[int, int]:
     return seconds, int((timeout_s - seconds) * 1e9)
 
 
+def rdev(attr: Fattr) -> int:
+    """The number of a device; 0 for one that Linux cannot have, as its own NFS client says."""
+    major, minor = attr.rdev_major, attr.rdev_minor
+    return os.makedev(major, minor) if major < 1 << 12 and minor < 1 << 20 else 0
+
+
 def _packed(ino: int, attr: Fattr) -> bytes:
-    special = attr.type in (nfs3.NF3CHR, nfs3.NF3BLK)
     atime_s, atime_ns = divmod(attr.atime_ns, 1_000_000_000)
     mtime_s, mtime_ns = divmod(attr.mtime_ns, 1_000_000_000)
     ctime_s, ctime_ns = divmod(attr.ctime_ns, 1_000_000_000)
     return _ATTR.pack(
         ino, attr.size, (attr.used + 511) // 512, atime_s, mtime_s, ctime_s, atime_ns, mtime_ns, ctime_ns,
         MODE_OF_TYPE.get(attr.type, 0) | (attr.mode & 0o7777), attr.nlink, attr.uid, attr.gid,
-        os.makedev(attr.rdev_major, attr.rdev_minor) & 0xFFFFFFFF if special else 0, BLKSIZE,
+        rdev(attr) if attr.type in DEVICES else 0, BLKSIZE,
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ pyfuse3 ends its main loop on any other exception.
 import errno
 import functools
 import logging
-import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -22,9 +21,8 @@ from pyfuse3 import (
 )
 
 from efcfs.fuse.callers import Callers
-from efcfs.fuse.direct import BLKSIZE, MODE_OF_TYPE, Asked, Served, requests, told
+from efcfs.fuse.direct import BLKSIZE, DEVICES, MODE_OF_TYPE, Asked, Served, rdev, requests, told
 from efcfs.fuse.wire import Caller
-from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
 from efcfs.vfs.entries import Entry
@@ -272,8 +270,8 @@ def _fill(attributes: EntryAttributes, attr: Fattr) -> None:
     attributes.st_nlink = attr.nlink
     attributes.st_uid = attr.uid
     attributes.st_gid = attr.gid
-    if attr.type in (nfs3.NF3CHR, nfs3.NF3BLK):
-        attributes.st_rdev = os.makedev(attr.rdev_major, attr.rdev_minor)
+    if attr.type in DEVICES:
+        attributes.st_rdev = rdev(attr)
     attributes.st_size = attr.size
     attributes.st_blocks = (attr.used + 511) // 512
     attributes.st_blksize = BLKSIZE

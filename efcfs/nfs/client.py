@@ -8,7 +8,9 @@ This module knows no file names beyond one call and caches nothing.
 """
 
 import contextlib
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -22,10 +24,16 @@ from efcfs.nfs.link import Buffer, CallFailed
 from efcfs.nfs.pool import Pool
 from efcfs.nfs.rpc import Credential, call_header
 
+log = logging.getLogger(__name__)
+
 JUKEBOX_MIN_S = 0.1
 JUKEBOX_MAX_S = 5.0
 # What one READ or WRITE may carry at most: FUSE requests end at 1 MiB.
 MAX_TRANSFER_BYTES = 1024 * 1024
+# So many pages in a row of entries that no file system can have are skipped.
+MAX_BAD_PAGES = 100
+# Such entries are worth a line so often.
+LEFT_OUT_LINE_S = 60.0
 
 
 class NfsError(Exception):
@@ -55,6 +63,7 @@ class _Result(Protocol):
 
 
 R = TypeVar("R", bound=_Result)
+L = TypeVar("L", nfs3.ReaddirResult, nfs3.ReaddirplusResult)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,7 @@ class Client:
         self.max_file_bytes = known.maxfilesize or 2**63 - 1
         self._pool = pool
         self._apart = Apart()
+        self._left_out_at = float("-inf")
 
     # -- state, for `efcfs status` -----------------------------------------------------------------
 
@@ -288,23 +298,18 @@ class Client:
     async def readdir(
         self, cred: Credential, fh: bytes, cookie: int, verifier: bytes
     ) -> nfs3.ReaddirResult:
-        await self._apart.enter(fh)
-        try:
-            return await self._ask(READDIR, cred, nfs3_calls.readdir_args(fh, cookie, verifier, self.readdir_bytes))
-        finally:
-            self._apart.leave(fh)
+        def args(cookie: int, verifier: bytes) -> bytes:
+            return nfs3_calls.readdir_args(fh, cookie, verifier, self.readdir_bytes)
+
+        return await self._list(READDIR, cred, fh, args, cookie, verifier)
 
     async def readdirplus(
         self, cred: Credential, fh: bytes, cookie: int, verifier: bytes
     ) -> nfs3.ReaddirplusResult:
-        size = self.readdir_bytes
-        await self._apart.enter(fh)
-        try:
-            return await self._ask(
-                READDIRPLUS, cred, nfs3_calls.readdirplus_args(fh, cookie, verifier, size, size)
-            )
-        finally:
-            self._apart.leave(fh)
+        def args(cookie: int, verifier: bytes) -> bytes:
+            return nfs3_calls.readdirplus_args(fh, cookie, verifier, self.readdir_bytes, self.readdir_bytes)
+
+        return await self._list(READDIRPLUS, cred, fh, args, cookie, verifier)
 
     async def fsstat(self, cred: Credential, fh: bytes, *, impatient: bool = False) -> nfs3.FsstatResult:
         return await self._ask(FSSTAT, cred, nfs3_calls.fsstat_args(fh), impatient=impatient)
@@ -344,6 +349,27 @@ class Client:
             impatient=impatient,
         )  # fmt: skip
         return _checked(result, procedure)
+
+    async def _list(
+        self, procedure: _Procedure[L], cred: Credential, fh: bytes, args: Callable[[int, bytes], bytes],
+        cookie: int, verifier: bytes,
+    ) -> L:  # fmt: skip
+        """A page that has entries, if there are any after `cookie`: pages of entries that are left out are skipped."""
+        for _ in range(MAX_BAD_PAGES):
+            await self._apart.enter(fh)
+            try:
+                page = await self._ask(procedure, cred, args(cookie, verifier))
+            finally:
+                self._apart.leave(fh)
+            if not page.left_out:
+                return page
+            if time.monotonic() > self._left_out_at + LEFT_OUT_LINE_S:
+                self._left_out_at = time.monotonic()
+                log.error("server: %s told %d entries that no file system can have", procedure.name, page.left_out)
+            if page.entries or page.eof:
+                return page
+            cookie, verifier = page.last, page.verifier
+        raise CallFailed(f"{procedure.name}: nothing but entries that no file system can have")
 
     async def _remove(
         self, procedure: _Procedure[nfs3.RemoveResult], cred: Credential, args: bytes, again: bool

@@ -5,7 +5,7 @@ Rules of this room: no I/O; arguments to bytes, results to values or ProtocolErr
 
 from typing import NamedTuple
 
-from efcfs.nfs.xdr import Decoder, opaque
+from efcfs.nfs.xdr import Decoder, ProtocolError, opaque
 
 PROGRAM = 100005
 VERSION = 3
@@ -71,6 +71,8 @@ def decode_mnt(view: memoryview, offset: int) -> MntResult:
     flavors: list[int] = []
     if status == MNT3_OK:
         fh = results.opaque(FHSIZE3)
+        if not fh:
+            raise ProtocolError("file handle of 0 bytes")
         for _ in range(results.u32()):
             flavors.append(results.u32())
     results.done()

@@ -125,6 +125,11 @@ SERVER_TIME = -1
 NS = 10**9
 # The latest time that nfstime3 can hold, in 2106; later ones are set to it.
 MAX_TIME_NS = (2**32 - 1) * NS
+# The largest file that Linux has (loff_t). What servers say beyond it is taken for it, as Linux' own client does.
+MAX_SIZE = 2**63 - 1
+# The longest name that Linux has, and how long the target of a symbolic link must not be: a page, with its NUL.
+NAME_MAX = 255
+PATH_MAX = 4096
 
 # -- attributes (RFC 1813 §2.5, §2.6) ----------------------------------------------------------------
 
@@ -179,7 +184,7 @@ _FATTR = struct.Struct(">5I2Q2I2Q6I")
 
 
 def pack_fattr(attr: Fattr) -> bytes:
-    """The 84 bytes of fattr3. Raises struct.error if a value does not fit."""
+    """The 84 bytes of fattr3. Whatever was decoded fits."""
     return _FATTR.pack(
         *attr[:11], *divmod(attr.atime_ns, NS), *divmod(attr.mtime_ns, NS), *divmod(attr.ctime_ns, NS)
     )
@@ -193,6 +198,11 @@ def unpack_fattr(buf: bytes | memoryview, offset: int = 0) -> Fattr:
         raise ProtocolError("attributes truncated") from None
 
 
+def clamped(size: int, *parts_ns: int) -> tuple[int, ...]:
+    """A size and the nanosecond parts of times, as near as a file can have them."""
+    return min(size, MAX_SIZE), *(min(part, NS - 1) for part in parts_ns)
+
+
 def fattr_at(buf: bytes | memoryview, offset: int) -> Fattr:
     """The same for a decoder, which catches the struct.error of what is truncated itself."""
     kind, mode, nlink, uid, gid, size, used, major, minor, fsid, fileid, a_s, a_ns, m_s, m_ns, c_s, c_ns = (
@@ -200,6 +210,8 @@ def fattr_at(buf: bytes | memoryview, offset: int) -> Fattr:
     )
     if not NF3REG <= kind <= NF3FIFO:
         raise ProtocolError(f"file type {kind}")
+    if size > MAX_SIZE or a_ns >= NS or m_ns >= NS or c_ns >= NS:
+        size, a_ns, m_ns, c_ns = clamped(size, a_ns, m_ns, c_ns)
     return tuple.__new__(
         Fattr,
         (
@@ -295,11 +307,15 @@ class DirEntry(NamedTuple):
 
 
 class ReaddirResult(NamedTuple):
+    """`left_out`: how many entries came that no file system can have; `last`: the cookie of the last one that came."""
+
     status: int
     attr: Fattr | None
     verifier: bytes
     entries: list[DirEntry]
     eof: bool
+    left_out: int = 0
+    last: int = 0
 
 
 class DirEntryPlus(NamedTuple):
@@ -311,11 +327,15 @@ class DirEntryPlus(NamedTuple):
 
 
 class ReaddirplusResult(NamedTuple):
+    """As of READDIR."""
+
     status: int
     attr: Fattr | None
     verifier: bytes
     entries: list[DirEntryPlus]
     eof: bool
+    left_out: int = 0
+    last: int = 0
 
 
 class FsstatResult(NamedTuple):

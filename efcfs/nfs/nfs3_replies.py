@@ -1,9 +1,10 @@
 """NFS version 3 (RFC 1813 §3.3): a decoder of the results of each procedure.
 
 From the place in a reply record where they begin to its end. Rules of this room: those of `nfs3.py`; a decoder
-raises ProtocolError for whatever is not exactly one well-formed result, and nothing else. Those of the frequent
-procedures read whole structures at once instead of value after value, which is what a listing of 100,000 names
-spends its time on.
+raises ProtocolError for whatever is not exactly one well-formed result, and nothing else. Here alone it is judged
+what a server says: what comes out of a decoder Linux can have. Of a listing, an entry that it cannot have is left
+out; a size or time that it cannot have becomes the nearest one. Those of the frequent procedures read whole
+structures at once instead of value after value, which is what a listing of 100,000 names spends its time on.
 """
 
 import functools
@@ -15,10 +16,15 @@ from efcfs.nfs.nfs3 import (
     FATTR_BYTES,
     FHSIZE,
     FILE_SYNC,
+    MAX_SIZE,
+    NAME_MAX,
     NF3FIFO,
     NF3REG,
     NFS3_OK,
+    NFS3ERR_IO,
+    NFS3ERR_NAMETOOLONG,
     NS,
+    PATH_MAX,
     UNSTABLE,
     WRITEVERFSIZE,
     AccessResult,
@@ -43,6 +49,7 @@ from efcfs.nfs.nfs3 import (
     Wcc,
     WccAttr,
     WriteResult,
+    clamped,
     fattr_at,
 )  # fmt: skip
 from efcfs.nfs.xdr import ProtocolError
@@ -58,6 +65,8 @@ _ENTRY_FATTR = struct.Struct(">5I2Q2I2Q6III")
 _FSSTAT = struct.Struct(">6QI")
 _FSINFO = struct.Struct(">7IQIII")
 _PATHCONF = struct.Struct(">6I")
+# As numbers they are found in bytes without a detour.
+_NUL, _SLASH = 0, ord("/")
 # A NamedTuple from a tuple in half the time of calling its class.
 _new = tuple.__new__
 
@@ -112,6 +121,8 @@ def _wcc(view: memoryview, pos: int) -> tuple[Wcc, int]:
     before = None
     if _boolean(follows):
         size, m_s, m_ns, c_s, c_ns = _WCC_ATTR.unpack_from(view, pos)
+        if size > MAX_SIZE or m_ns >= NS or c_ns >= NS:
+            size, m_ns, c_ns = clamped(size, m_ns, c_ns)
         before = WccAttr(size, m_s * NS + m_ns, c_s * NS + c_ns)
         pos += 24
     after, pos = _attr(view, pos)
@@ -126,9 +137,16 @@ def _opaque(view: memoryview, pos: int, max_bytes: int) -> tuple[bytes, int]:
     return bytes(view[pos : pos + length_bytes]), pos + (length_bytes + 3 & ~3)
 
 
+def _fh(view: memoryview, pos: int) -> tuple[bytes, int]:
+    fh, pos = _opaque(view, pos, FHSIZE)
+    if not fh:
+        raise ProtocolError("file handle of 0 bytes")
+    return fh, pos
+
+
 def _post_op_fh(view: memoryview, pos: int) -> tuple[bytes | None, int]:
     (follows,) = _U32.unpack_from(view, pos)
-    return _opaque(view, pos + 4, FHSIZE) if _boolean(follows) else (None, pos + 4)
+    return _fh(view, pos + 4) if _boolean(follows) else (None, pos + 4)
 
 
 @_exactly
@@ -152,7 +170,7 @@ def decode_lookup(view: memoryview, pos: int) -> tuple[LookupResult, int]:
     fh = attr = None
     pos += 4
     if status == NFS3_OK:
-        fh, pos = _opaque(view, pos, FHSIZE)
+        fh, pos = _fh(view, pos)
         attr, pos = _attr(view, pos)
     dir_attr, pos = _attr(view, pos)
     return LookupResult(status, fh, attr, dir_attr), pos
@@ -169,11 +187,16 @@ def decode_access(view: memoryview, pos: int) -> tuple[AccessResult, int]:
 
 @_exactly
 def decode_readlink(view: memoryview, pos: int) -> tuple[ReadlinkResult, int]:
+    """A target that Linux cannot have is a failure: it would end the READLINK of the kernel with one, too."""
     status = _status(view, pos)
     attr, pos = _attr(view, pos + 4)
     target = b""
     if status == NFS3_OK:
         target, pos = _opaque(view, pos, len(view))
+        if len(target) >= PATH_MAX:
+            return ReadlinkResult(NFS3ERR_NAMETOOLONG, attr, b""), pos
+        if not target or _NUL in target:
+            return ReadlinkResult(NFS3ERR_IO, attr, b""), pos
     return ReadlinkResult(status, attr, target), pos
 
 
@@ -272,6 +295,7 @@ def decode_readdir(view: memoryview, pos: int) -> tuple[ReaddirResult, int]:
         return ReaddirResult(status, attr, b"", entries, False), pos
     verifier, follows = struct.unpack_from(">8sI", view, pos)
     pos += 12
+    left_out = cookie = 0
     while _boolean(follows):
         fileid, name_bytes = _ENTRY.unpack_from(view, pos)
         pos += 12
@@ -279,9 +303,12 @@ def decode_readdir(view: memoryview, pos: int) -> tuple[ReaddirResult, int]:
         pos += name_bytes + 3 & ~3
         cookie, follows = _ENTRY_COOKIE.unpack_from(view, pos)
         pos += 12
-        entries.append(DirEntry(fileid, name, cookie))
+        if 0 < name_bytes <= NAME_MAX and _SLASH not in name and _NUL not in name and cookie:
+            entries.append(DirEntry(fileid, name, cookie))
+        else:
+            left_out += 1
     (eof,) = _U32.unpack_from(view, pos)
-    return ReaddirResult(status, attr, verifier, entries, _boolean(eof)), pos + 4
+    return ReaddirResult(status, attr, verifier, entries, _boolean(eof), left_out, cookie), pos + 4
 
 
 @_exactly
@@ -293,6 +320,7 @@ def decode_readdirplus(view: memoryview, pos: int) -> tuple[ReaddirplusResult, i
         return ReaddirplusResult(status, attr, b"", entries, False), pos
     verifier, follows = struct.unpack_from(">8sI", view, pos)
     pos += 12
+    left_out = cookie = 0
     buf = bytes(view)  # slices of bytes are cheaper than of a view, and there are two an entry
     u32_at, entry_at, cookie_at, fattr_at = (
         _U32.unpack_from, _ENTRY.unpack_from, _ENTRY_COOKIE.unpack_from, _ENTRY_FATTR.unpack_from,
@@ -304,6 +332,7 @@ def decode_readdirplus(view: memoryview, pos: int) -> tuple[ReaddirplusResult, i
         pos += name_bytes + 3 & ~3
         cookie, follows = cookie_at(buf, pos)
         pos += 12
+        good = 0 < name_bytes <= NAME_MAX and _SLASH not in name and _NUL not in name and cookie
         if follows == 1:
             # In one go with what is behind the attributes: handle_follows, and the handle's length or,
             # as there is more after every entry, something else.
@@ -312,7 +341,9 @@ def decode_readdirplus(view: memoryview, pos: int) -> tuple[ReaddirplusResult, i
                 a_s, a_ns, m_s, m_ns, c_s, c_ns, follows, fh_bytes,
             ) = fattr_at(buf, pos)  # fmt: skip
             if not NF3REG <= kind <= NF3FIFO:
-                raise ProtocolError(f"file type {kind}")
+                good = False
+            if size > MAX_SIZE or a_ns >= NS or m_ns >= NS or c_ns >= NS:
+                size, a_ns, m_ns, c_ns = clamped(size, a_ns, m_ns, c_ns)
             entry_attr = _new(
                 Fattr,
                 (
@@ -328,8 +359,8 @@ def decode_readdirplus(view: memoryview, pos: int) -> tuple[ReaddirplusResult, i
             follows, fh_bytes = _TWO.unpack_from(buf, pos)
         pos += 4
         if follows == 1:
-            if fh_bytes > FHSIZE:
-                raise ProtocolError(f"file handle of {fh_bytes} bytes")
+            if not 0 < fh_bytes <= FHSIZE:
+                good = False
             pos += 4
             fh = buf[pos : pos + fh_bytes]
             pos += fh_bytes + 3 & ~3
@@ -339,10 +370,13 @@ def decode_readdirplus(view: memoryview, pos: int) -> tuple[ReaddirplusResult, i
             fh = None
         (follows,) = u32_at(buf, pos)
         pos += 4
-        entries.append(_new(DirEntryPlus, (fileid, name, cookie, entry_attr, fh)))
+        if good:
+            entries.append(_new(DirEntryPlus, (fileid, name, cookie, entry_attr, fh)))
+        else:
+            left_out += 1
     _boolean(follows)
     (eof,) = u32_at(buf, pos)
-    return ReaddirplusResult(status, attr, verifier, entries, _boolean(eof)), pos + 4
+    return ReaddirplusResult(status, attr, verifier, entries, _boolean(eof), left_out, cookie), pos + 4
 
 
 @_exactly

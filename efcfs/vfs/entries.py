@@ -53,7 +53,7 @@ class Entries:
         if file is not None and file.dirty_end > attr.size:
             attr = attr._replace(size=file.dirty_end)
         if file is not None and file.sillyname is not None:
-            attr = attr._replace(nlink=attr.nlink - 1)  # the hidden name does not count
+            attr = attr._replace(nlink=max(attr.nlink, 1) - 1)  # the hidden name does not count
         inode.kernel_size_bytes = attr.size
         return Entry(inode.ino, inode.generation, attr, entry_timeout_s, self._attributes.remaining_s(inode))
 

@@ -26,15 +26,19 @@ more = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 u32s = st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2**31, 2**32 - 1]))
 u64s = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**63, 2**64 - 1]))
+sizes = st.integers(0, nfs3.MAX_SIZE)
+cookies = st.integers(1, 2**64 - 1)
 times = st.builds(lambda s, ns: s * NS + ns, u32s, st.integers(0, NS - 1))
-handles = st.binary(max_size=64)
+handles = st.binary(min_size=1, max_size=64)
 names = st.binary(max_size=260)
+file_names = st.binary(min_size=1, max_size=255).map(lambda name: name.replace(b"/", b"1").replace(b"\0", b"0"))
+targets = st.binary(min_size=1, max_size=300).map(lambda target: target.replace(b"\0", b"0"))
 verifiers = st.binary(min_size=8, max_size=8)
 fattrs = st.builds(
-    Fattr, st.integers(1, 7), u32s, u32s, u32s, u32s, u64s, u64s, u32s, u32s, u64s, u64s, times, times, times
+    Fattr, st.integers(1, 7), u32s, u32s, u32s, u32s, sizes, u64s, u32s, u32s, u64s, u64s, times, times, times
 )
 attrs = st.none() | fattrs
-wccs = st.builds(Wcc, st.none() | st.builds(WccAttr, u64s, times, times), attrs)
+wccs = st.builds(Wcc, st.none() | st.builds(WccAttr, sizes, times, times), attrs)
 new_times = st.none() | st.just(nfs3.SERVER_TIME) | st.integers(0, nfs3.MAX_TIME_NS)
 sattrs = st.builds(
     Sattr, st.none() | u32s, st.none() | u32s, st.none() | u32s, st.none() | u64s, new_times, new_times
@@ -62,10 +66,17 @@ reads = st.builds(
     st.binary(max_size=300),
     booleans,
 ) | st.builds(nfs3.ReadResult, failures, attrs, zero, false, nothing)
-entries = st.lists(st.builds(nfs3.DirEntry, u64s, names, u64s), max_size=4)
+entries = st.lists(st.builds(nfs3.DirEntry, u64s, file_names, cookies), max_size=4)
 entries_plus = st.lists(
-    st.builds(nfs3.DirEntryPlus, u64s, names, u64s, attrs, st.none() | handles), max_size=4
+    st.builds(nfs3.DirEntryPlus, u64s, file_names, cookies, attrs, st.none() | handles), max_size=4
 )
+
+
+def _listed(page: Any) -> Any:
+    """With the cookie of its last entry, which no server sends a second time."""
+    return page._replace(left_out=0, last=page.entries[-1].cookie if page.entries else 0)
+
+
 
 # What results there are: values, the server's encoder, the client's decoder.
 RESULTS: dict[str, tuple[Values, Callable[[Any], bytes], Callable[[memoryview, int], object]]] = {
@@ -79,7 +90,7 @@ RESULTS: dict[str, tuple[Values, Callable[[Any], bytes], Callable[[memoryview, i
         _either(nfs3.AccessResult, [attrs, u32s], [attrs, zero]), server.encode_access, nfs3_replies.decode_access
     ),
     "READLINK": (
-        _either(nfs3.ReadlinkResult, [attrs, names], [attrs, nothing]),
+        _either(nfs3.ReadlinkResult, [attrs, targets], [attrs, nothing]),
         server.encode_readlink, nfs3_replies.decode_readlink,
     ),
     "READ": (reads, server.encode_read, nfs3_replies.decode_read),
@@ -99,14 +110,14 @@ RESULTS: dict[str, tuple[Values, Callable[[Any], bytes], Callable[[memoryview, i
     "READDIR": (
         _either(
             nfs3.ReaddirResult, [attrs, verifiers, entries, booleans], [attrs, nothing, st.just([]), false]
-        ),
+        ).map(_listed),
         server.encode_readdir, nfs3_replies.decode_readdir,
     ),
     "READDIRPLUS": (
         _either(
             nfs3.ReaddirplusResult,
             [attrs, verifiers, entries_plus, booleans], [attrs, nothing, st.just([]), false],
-        ),
+        ).map(_listed),
         server.encode_readdirplus, nfs3_replies.decode_readdirplus,
     ),
     "FSSTAT": (
@@ -324,8 +335,8 @@ def test_a_file_handle_of_more_than_64_bytes_is_malformed(entry_attr: Fattr | No
     with pytest.raises(ProtocolError):
         nfs3_replies.decode_create(memoryview(server.encode_create(created)), 0)
     listing = nfs3.ReaddirplusResult(0, None, bytes(8), [entry], True)
-    with pytest.raises(ProtocolError):
-        nfs3_replies.decode_readdirplus(memoryview(server.encode_readdirplus(listing)), 0)
+    listed = nfs3_replies.decode_readdirplus(memoryview(server.encode_readdirplus(listing)), 0)
+    assert (listed.entries, listed.left_out) == ([], 1)
     with pytest.raises(ProtocolError):
         mount3.decode_mnt(memoryview(server.encode_mnt(mount3.MntResult(0, bytes(65), ()))), 0)
 
@@ -465,7 +476,7 @@ def test_a_listing_written_by_hand_decodes() -> None:
         )
     )
     entry = nfs3.DirEntryPlus(42, b"abc", 9, None, b"\xff\xee")
-    expected = nfs3.ReaddirplusResult(0, None, b"\1\2\3\4\5\6\7\x08", [entry], True)
+    expected = nfs3.ReaddirplusResult(0, None, b"\1\2\3\4\5\6\7\x08", [entry], True, last=9)
     assert nfs3_replies.decode_readdirplus(results, 0) == expected
 
 
