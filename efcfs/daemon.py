@@ -29,6 +29,7 @@ from efcfs.cache.store import Store
 from efcfs.cache.tier import Tier
 from efcfs.config import MIN_MEM_BYTES, MountConfig, memory_bytes
 from efcfs.fuse.notify import KernelCaches, resend
+from efcfs.fuse.resent import Resent
 from efcfs.fuse.session import Session
 from efcfs.fuse.wire import Wire
 from efcfs.keeper import MESSAGE_BYTES, log_to
@@ -114,13 +115,19 @@ class Mount:
             self._listen()
             self._fs.attach(KernelCaches(fuse_fd, nursery))
             ready = partial(self._ready, fuse_fd)
-            await session.serve(self._fs, fuse_fd, init, first=first, on_ready=ready)
+            with contextlib.closing(self._deaths()) as resent:
+                await session.serve(self._fs, fuse_fd, init, resent, first=first, on_ready=ready)
             if not self._replaced:
                 await finish(self._fs, self._config)
                 self._fs.dirty.remove()
                 say(self._keeper, unmounted=True, dirty_bytes=self._fs.writer.dirty_bytes)
             nursery.cancel_scope.cancel()
             answering.cancel_scope.deadline = trio.current_time() + control.TIMEOUT_S
+
+    def _deaths(self) -> Resent:
+        request = self._request
+        failovers, last_exit = int(str(request["failovers"])), str(request["last_exit"])
+        return Resent(Path(str(request["state_dir"])) / "resent", failovers, last_exit)
 
     def _ready(self, fuse_fd: int, wire: Wire) -> None:
         # What there is now stays: looking for garbage in it held requests up for 20 to 50 ms.

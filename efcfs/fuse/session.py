@@ -16,6 +16,7 @@ import trio
 
 from efcfs.fuse.notify import resend
 from efcfs.fuse.operations import Operations
+from efcfs.fuse.resent import Resent
 from efcfs.fuse.wire import Wire, widen
 from efcfs.nfs.nursery import open_nursery
 from efcfs.vfs.filesystem import FileSystem
@@ -90,8 +91,9 @@ class Session:
                 await trio.lowlevel.checkpoint()
 
     async def serve(
-        self, fs: FileSystem, fuse_fd: int, init_request: bytes, *, first: bool, on_ready: Callable[[Wire], None]
-    ) -> None:
+        self, fs: FileSystem, fuse_fd: int, init_request: bytes, resent: Resent, *, first: bool,
+        on_ready: Callable[[Wire], None],
+    ) -> None:  # fmt: skip
         """Serve the mount behind `fuse_fd` until it is unmounted, or until cancelled, and leave it then to others.
 
         first: nobody served it before, so the kernel waits for the INIT reply; otherwise requests that died
@@ -106,7 +108,9 @@ class Session:
             else:
                 resend(fuse_fd)
             async with open_nursery() as nursery:
-                wire = Wire(fuse_fd, self._ours, self._room.listed_bytes, self._operations, nursery.cancel_scope)
+                wire = Wire(
+                    fuse_fd, self._ours, self._room.listed_bytes, self._operations, nursery.cancel_scope, resent
+                )
                 self._operations.asked = wire.asked
                 on_ready(wire)
                 nursery.start_soon(pyfuse3.main, min(MIN_TASKS, self._room.requests), self._room.requests)

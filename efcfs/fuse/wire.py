@@ -17,7 +17,9 @@ it takes for /dev/fuse, and its answers come back that way. There are four reaso
 Nothing here may wait but `_serve`, and what raises ends the daemon: trio takes out an instrument that does.
 """
 
+import contextlib
 import errno
+import logging
 import os
 import select
 import socket
@@ -30,10 +32,14 @@ from typing import NamedTuple, Protocol
 import trio
 from pyfuse3 import FUSEError
 
-from efcfs.fuse.direct import Asked, Later, Served, told
+from efcfs.fuse.direct import FUSE_UNIQUE_RESEND, Asked, Later, Served, told
+from efcfs.fuse.resent import Resent
 from efcfs.nfs.light import Light
 from efcfs.nfs.nursery import open_nursery
+from efcfs.vfs.errors import is_of_the_daemon
 from efcfs.vfs.writer import Taken
+
+log = logging.getLogger(__name__)
 
 # <linux/fuse.h>
 FUSE_FORGET, FUSE_READ, FUSE_WRITE, FUSE_READDIR, FUSE_INTERRUPT = 2, 15, 16, 28, 36
@@ -134,8 +140,9 @@ class Wire(trio.abc.Instrument):
     """Between /dev/fuse and libfuse; `run` must be running."""
 
     def __init__(
-        self, fuse_fd: int, libfuse: socket.socket, listed_bytes: int, files: Files, serving: trio.CancelScope
-    ) -> None:
+        self, fuse_fd: int, libfuse: socket.socket, listed_bytes: int, files: Files, serving: trio.CancelScope,
+        resent: Resent,
+    ) -> None:  # fmt: skip
         """`serving`: all that serves the mount."""
         os.set_blocking(fuse_fd, False)
         libfuse.setblocking(False)
@@ -144,6 +151,7 @@ class Wire(trio.abc.Instrument):
         self._libfuse_fd = libfuse.fileno()
         self._listed_bytes = listed_bytes
         self._files = files
+        self._resent = resent
         self._token = trio.lowlevel.current_trio_token()
         self._ended = trio.Event()
         self._error: BaseException | None = None
@@ -210,6 +218,7 @@ class Wire(trio.abc.Instrument):
         if self._taking:
             return
         self._taking = True
+        self._resent.nobody_died()
         if self._held is None:
             self._poll.register(self._fuse_fd, select.EPOLLIN)
 
@@ -275,6 +284,9 @@ class Wire(trio.abc.Instrument):
             self._ended.set()
             return
         _, opcode, unique, ino, uid, gid, pid = _IN.unpack_from(request)
+        if unique >= FUSE_UNIQUE_RESEND and self._resent.is_last(unique, opcode):
+            self._refuse(unique, FUSEError(errno.EIO))
+            return
         if opcode == FUSE_READ:
             fh, offset, size_bytes = _RANGE.unpack_from(request, _IN.size)
             try:
@@ -406,7 +418,16 @@ class Wire(trio.abc.Instrument):
         except OSError as error:
             # Who asked was killed meanwhile, or the mount has ended, which the next read will tell.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
+                self._take_back(pieces[0], error)
+
+    def _take_back(self, answer: bytes | memoryview, error: OSError) -> None:
+        """The kernel does not take this answer. That must not end the daemon, as it would the next one."""
+        if is_of_the_daemon(error):
+            raise error
+        length_bytes, number, unique = _OUT.unpack_from(answer)
+        log.error("an answer of %d bytes, error %d, is refused (%s): it is EIO", length_bytes, number, error.strerror)
+        with contextlib.suppress(OSError):  # the kernel may have ended the request with an EIO of its own
+            os.write(self._fuse_fd, _OUT.pack(_OUT.size, -errno.EIO, unique))
 
 
 def _asked(request: memoryview) -> Asked:
