@@ -4,6 +4,7 @@ Options are spelled as nfs(5) spells them where the meaning is the same. `parse`
 words into a `MountConfig`, which travels to the keeper and the daemon as JSON.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME = 1024, 2048, 1 << 21, 1 
 MIN_DIRTY_BYTES = 16 * 1024**2
 # Of the cache in memory: an extent for each stream that is read, and some.
 MIN_MEM_BYTES = 16 * 1024**2
-# They travel in messages of 64 KiB.
-MAX_RULES_BYTES = 32 * 1024
+# As JSON: they travel so, in messages of 64 KiB with all else.
+MAX_RULES_BYTES = 48 * 1024
 
 
 class UsageError(Exception):
@@ -187,9 +188,12 @@ def _rules(text: str) -> dict[str, object]:
     try:
         with open(text, encoding="utf-8", errors="surrogateescape") as file:
             found = file.read(MAX_RULES_BYTES + 1)
-        if len(found) > MAX_RULES_BYTES:
-            raise UsageError(f"option rules={text}: more than {MAX_RULES_BYTES >> 10} KiB: say it in fewer patterns")
-        return {"rules": tuple(parse_rules(found))}
+        whole = len(found) <= MAX_RULES_BYTES
+        rules = tuple(parse_rules(found)) if whole else ()
+        if not whole or len(json.dumps(rules)) > MAX_RULES_BYTES:
+            limit = f"{MAX_RULES_BYTES >> 10} KiB as JSON"
+            raise UsageError(f"option rules={text}: more than {limit}: say it in fewer patterns")
+        return {"rules": rules}
     except OSError as error:
         raise UsageError(f"option rules={text}: {error.strerror}: name a file of lines PATTERN MODE") from None
     except RuleError as error:

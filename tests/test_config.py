@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -128,3 +129,20 @@ def test_any_text_is_parsed_or_refused_with_a_usage_error(source: str, options: 
             parse(text, "/mnt", [options])
         except UsageError as refused:
             assert str(refused)
+
+
+@pytest.mark.parametrize("line", ["ü" * 100 + " strict", "a strict", "x" * 200 + " immutable", '"\\' * 50 + " strict"])
+def test_rules_that_are_accepted_fit_their_message(tmp_path: Path, line: str) -> None:
+    rules = tmp_path / "rules"
+    fits, refused = 0, 1 << 13
+    while refused - fits > 1:
+        middle = (fits + refused) // 2
+        rules.write_text(f"{line}\n" * middle)
+        try:
+            assert len(json.dumps(parsed(f"rules={rules}").to_json())) < 60_000
+        except UsageError as error:
+            assert "48 KiB as JSON" in str(error)
+            refused = middle
+        else:
+            fits = middle
+    assert fits

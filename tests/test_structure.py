@@ -66,6 +66,17 @@ def test_only_link_opens_sockets_to_the_server() -> None:
     assert users == {"link.py"}
 
 
+def test_what_a_link_may_raise_is_listed_in_one_place() -> None:
+    for module in MODULES:
+        if room(module) != "nfs" or module.name == "link.py":
+            continue
+        for node in ast.walk(ast.parse(module.read_text())):
+            if not isinstance(node, ast.ExceptHandler) or node.type is None:
+                continue
+            names = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)}
+            assert not {"LinkClosed", "ProtocolError"} <= names, f"{module}: LINK_ERRORS has them all"
+
+
 def test_codecs_do_no_input_or_output() -> None:
     for module in MODULES:
         if module.stem in CODECS:

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 # <linux/fuse.h>: struct fuse_out_header with the code in place of the error, then each message's own
 FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_STORE, FUSE_NOTIFY_RESEND = 2, 4, 7
+MOST_THREADS = 8
 _OUT = struct.Struct("<IiQ")
 # nodeid, offset, length; an offset below 0: attributes only; length 0: to the end
 _INVAL_INODE = struct.Struct("<IiQQqq")
@@ -35,6 +36,8 @@ class KernelCaches:
         # whose number may be another file's by then.
         self._fuse_fd = os.dup(fuse_fd)
         self._nursery = nursery
+        # Of their own: they wait for READs that we answer, and what answers those may need a thread.
+        self._threads = trio.CapacityLimiter(MOST_THREADS)
 
     def drop_attributes(self, ino: int) -> None:
         self._tell(_INVAL_INODE.pack(_INVAL_INODE.size, FUSE_NOTIFY_INVAL_INODE, 0, ino, -1, 0))
@@ -49,7 +52,7 @@ class KernelCaches:
         self._tell(head, data)
 
     async def _in_thread(self, message: bytes) -> None:
-        await trio.to_thread.run_sync(self._tell, message, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(self._tell, message, abandon_on_cancel=True, limiter=self._threads)
 
     def _tell(self, *pieces: bytes) -> None:
         try:

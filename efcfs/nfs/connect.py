@@ -10,22 +10,24 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from efcfs.nfs import mount3, nfs3, portmap2
 from efcfs.nfs.client import Client, Known, NfsError, own_credential
-from efcfs.nfs.link import Call, Decoder, Link, LinkClosed, call_once, open_link
+from efcfs.nfs.link import LINK_ERRORS, Call, Decoder, Link, LinkClosed, call_once, open_link
 from efcfs.nfs.nfs3_calls import fsinfo_args
 from efcfs.nfs.nfs3_replies import decode_fsinfo
 from efcfs.nfs.nursery import open_nursery
 from efcfs.nfs.pool import Pool
 from efcfs.nfs.rpc import RpcRefusal, RpcRefused, call_header
-from efcfs.nfs.xdr import ProtocolError
 
 log = logging.getLogger(__name__)
 
 NFS_PORT = 2049
+# Threads that wait for DNS. Not among those of the others, one of which DNS may be waiting for.
+RESOLVING = trio.CapacityLimiter(4)
 
 
 class ConnectError(Exception):
@@ -89,7 +91,7 @@ async def _learn(options: ServerOptions, export: str) -> Known:
             f"server {options.host} did not answer in {options.timeo_s:g} s:"
             " check that it runs and that no firewall drops its packets (timeo= sets the limit)"
         ) from None
-    except (LinkClosed, RpcRefused, ProtocolError, OSError) as error:
+    except LINK_ERRORS as error:
         raise ConnectError(f"server {options.host} refuses the export: {error}") from None
     assert isinstance(info, nfs3.FsinfoResult)
     if info.status != nfs3.NFS3_OK:
@@ -103,11 +105,16 @@ async def _resolve(options: ServerOptions) -> list[str]:
     """All numeric addresses of the server, in the resolver's order."""
     found: list[str] = []
     for host in options.addresses or (options.host,):
+        find = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
         try:
-            answers = await trio.socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except OSError as error:
+            try:
+                answers = find(flags=socket.AI_NUMERICHOST)  # asks nobody
+            except socket.gaierror:
+                answers = await trio.to_thread.run_sync(find, abandon_on_cancel=True, limiter=RESOLVING)
+        except (OSError, UnicodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
             raise ConnectError(
-                f"cannot resolve server name '{host}' ({error.strerror}): check the spelling and DNS"
+                f"cannot resolve server name '{host}' ({why}): check the spelling and DNS"
             ) from None
         for answer in answers:
             address = str(answer[4][0])
@@ -133,7 +140,7 @@ async def _mount(options: ServerOptions, addresses: Sequence[str], export: str) 
                 )
             await _check_nfs(options, address, port)
             return address, port, await _root(options, address, mountport, export)
-        except (OSError, LinkClosed, ProtocolError) as error:
+        except LINK_ERRORS as error:
             what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             refusals.append(f"{address}: {what}")
     raise ConnectError(

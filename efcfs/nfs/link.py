@@ -59,6 +59,10 @@ class ServerAway(Exception):
     """The server does not answer, and the call was not worth waiting for."""
 
 
+# What a link may raise, and a call on one that nobody else uses.
+LINK_ERRORS = (OSError, LinkClosed, ProtocolError, RpcRefused, CallFailed)
+
+
 class Call:
     """One RPC call and, later, its result. It keeps its xid when it is sent again (RFC 5531 §9)."""
 
@@ -142,8 +146,8 @@ class Link:
     While it runs, somebody must call `receive` whenever the socket is readable.
     """
 
-    __slots__ = ("_broken", "_low_water_bytes", "_outgoing", "_receiver", "_sinks", "_wake", "address", "calls",
-                 "error", "in_flight_bytes", "received_at", "sock")  # fmt: skip
+    __slots__ = ("_broken", "_low_water_bytes", "_outgoing", "_receiver", "_receiving", "_sinks", "_wake", "address",
+                 "calls", "error", "in_flight_bytes", "received_at", "sock")  # fmt: skip
 
     def __init__(self, sock: socket.socket, address: str) -> None:
         self.sock = sock
@@ -152,6 +156,8 @@ class Link:
         self.in_flight_bytes = 0
         self.received_at = trio.current_time()
         self._receiver = Receiver(MAX_RECORD_BYTES, self._sink_for)
+        # Whose reply has begun to come last.
+        self._receiving: Call | None = None
         self._outgoing: deque[memoryview] = deque()
         self._wake = trio.Event()
         self._sinks = 0
@@ -260,7 +266,10 @@ class Link:
                 records = receiver.received(n)
             except BlockingIOError:
                 break
-            except (OSError, LinkClosed, ProtocolError) as error:
+            except ProtocolError as error:
+                self._spoiled(error)
+                return
+            except (OSError, LinkClosed) as error:
                 self._break(error)
                 return
             self.received_at = trio.current_time()
@@ -282,8 +291,20 @@ class Link:
         self.error = error
         self._broken.set()
 
+    def _spoiled(self, error: ProtocolError) -> None:
+        """What came is no reply. It costs the link, and counts against the call that it would have been of."""
+        self._break(error)
+        call = self._receiving
+        if call is None or call.xid not in self.calls:
+            call = next(iter(self.calls.values()), None)  # nothing tells: the one that has waited longest
+        if call is not None:
+            call.bad_replies += 1
+            if call.bad_replies >= MAX_BAD_REPLIES:
+                self.forget(call)
+                call.fail(CallFailed(f"{call.description}: {error}"))
+
     def _sink_for(self, head: memoryview) -> Sink | None:
-        call = self.calls.get(reply_xid(head))
+        call = self._receiving = self.calls.get(reply_xid(head))
         if call is None or call.sink is None:
             return None
         try:
@@ -293,9 +314,8 @@ class Link:
         if payload is None:
             return None
         offset, length_bytes = payload
-        if length_bytes > len(call.sink):
-            raise ProtocolError(f"READ reply of {length_bytes} bytes, {len(call.sink)} asked")
-        return Sink(offset, call.sink[:length_bytes]) if length_bytes else None
+        # More than was asked for comes the ordinary way, and fails the call (`Client.read`).
+        return Sink(offset, call.sink[:length_bytes]) if 0 < length_bytes <= len(call.sink) else None
 
     def _deliver(self, record: Record) -> None:
         body = memoryview(record.body)
@@ -313,11 +333,8 @@ class Link:
             self.forget(call)
             call.fail(refused)
         except ProtocolError as error:
-            self._break(error)
-            call.bad_replies += 1
-            if call.bad_replies >= MAX_BAD_REPLIES:
-                self.forget(call)
-                call.fail(CallFailed(f"{call.description}: {error}"))
+            self._receiving = call
+            self._spoiled(error)
         else:
             self.forget(call)
             call.finish(result)

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from efcfs.nfs.link import Buffer, Call, Decoder, Link, LinkClosed, ServerAway, TimedOut, open_link
+from efcfs.nfs.link import LINK_ERRORS, Buffer, Call, Decoder, Link, ServerAway, TimedOut, open_link
 from efcfs.nfs.xdr import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 # A link with calls unanswered for this long is suspected; doubles each time the suspicion was wrong.
 PATIENCE_S = 3.0
 MAX_PATIENCE_S = 60.0
+# A call that has no answer for timeo while its link brings others was dropped by the server: it is sent again, by
+# another link. Each time it waits twice as long, up to so many times.
+MOST_DOUBLINGS = 4
 TICK_S = 0.25
 MIN_BACKOFF_S = 0.05
 # A restarted server must be found again within a second.
@@ -205,7 +208,7 @@ class Pool:
                 if not first:
                     # A listening socket proves little: a stopped server's kernel accepts for it.
                     await self._null(link)
-            except (OSError, LinkClosed, ProtocolError) as error:
+            except LINK_ERRORS as error:
                 log.debug("link to %s: %s", place.address, error)
                 await trio.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
@@ -233,10 +236,10 @@ class Pool:
                 self._links[link.sock.fileno()] = link
                 self._arrivals.register(link.sock, select.EPOLLIN)
                 await link.run()
-        except (OSError, LinkClosed) as error:
-            log.info("link to %s lost (%s), connecting again", place.address, error)
         except ProtocolError as error:
             log.error("link to %s dropped: malformed reply: %s", place.address, error)
+        except LINK_ERRORS as error:
+            log.info("link to %s lost (%s), connecting again", place.address, error)
         finally:
             place.link = None
             orphans = list(link.calls.values())
@@ -279,7 +282,11 @@ class Pool:
                 oldest = next(iter(link.calls.values()))
                 quiet_since = max(link.received_at, oldest.sent_at)
                 waiting_since = min(waiting_since, quiet_since)
-                if now - quiet_since > place.patience_s and not place.probing:
+                dropped = now - oldest.sent_at > self._timeo_s and any(
+                    now - call.sent_at > self._timeo_s * 2 ** min(call.transmissions - 1, MOST_DOUBLINGS)
+                    for call in link.calls.values()
+                )
+                if (now - quiet_since > place.patience_s or dropped) and not place.probing:
                     place.probing = True
                     nursery.start_soon(self._replace, place, link)
             self._note_state(now, waiting_since)
@@ -309,7 +316,7 @@ class Pool:
             await self._null(fresh)
             fresh.close()
             self._pinged_at = trio.current_time()
-        except (OSError, LinkClosed, ProtocolError) as error:
+        except LINK_ERRORS as error:
             log.debug("server is still away: %s", error)
             await trio.sleep(MAX_BACKOFF_S)
         finally:
@@ -337,14 +344,18 @@ class Pool:
                 place.address, self.port, reserved_port=self._reserved_port, timeout_s=place.patience_s
             )
             await self._null(fresh)
-        except (OSError, LinkClosed, ProtocolError) as error:
+        except LINK_ERRORS as error:
             log.debug("server %s does not answer a probe: %s", place.address, error)
             return
         finally:
             place.probing = False
         fresh.close()
         now = trio.current_time()
-        if place.link is link and place.scope is not None:
+        if place.link is link and place.scope is not None and link.calls:
+            if now - max(link.received_at, next(iter(link.calls.values())).sent_at) < place.patience_s:
+                log.warning("a call to %s has no answer for %.0f s, sent again", place.address, self._timeo_s)
+                place.scope.cancel()
+                return
             log.warning("link to %s stalled for %.0f s, replaced", place.address, place.patience_s)
             # Often on the same place: then it is the server that is slow, and patience is what it needs.
             recent = now - place.replaced_at < 10 * place.patience_s

@@ -270,6 +270,10 @@ class Receiver:
         if not length_bytes:
             raise ProtocolError("empty fragment")
         if len(self._assembly) + length_bytes > self._max_record_bytes:
+            if have < 8 and not self._assembly:
+                return False
+            # Whoever is asked learns so whose reply it is.
+            self._sink_for(memoryview(self._assembly) or self._store[start : self._end])
             raise ProtocolError(
                 f"record of {len(self._assembly) + length_bytes} bytes, {self._max_record_bytes} allowed"
             )

@@ -63,8 +63,8 @@ class OpenFile:
     """An inode that has handles, or is about to. `extents` are in the order in which they were written."""
 
     __slots__ = (
-        "cached", "changed", "committing", "doubtful", "extents", "fh", "handles", "ino", "opening", "sending",
-        "sillyname", "written",
+        "cached", "changed", "committing", "doubtful", "extents", "fh", "handles", "ino", "losses", "opening",
+        "send_again_at", "sending", "sillyname", "written",
     )  # fmt: skip
 
     def __init__(self, ino: int, fh: bytes) -> None:
@@ -77,6 +77,9 @@ class OpenFile:
         # Woken whenever an extent changes its state.
         self.changed = trio.lowlevel.ParkingLot()
         self.committing = False
+        # How often in a row the server lost what was not committed, and when it is sent again (monotonic seconds).
+        self.losses = 0
+        self.send_again_at = 0.0
         # How many WRITEs are in flight, or wait for their turn.
         self.sending = 0
         # How many writes there were: bytes that were fetched while it changed may be of before or after.

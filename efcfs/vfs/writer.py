@@ -47,6 +47,10 @@ MAX_WRITES_IN_FLIGHT = 32
 # A small tail waits so long for more bytes, and a COMMIT for more WRITEs when nobody asks for it.
 TAIL_S = 1.0
 COMMIT_S = 5.0
+# So often in a row a file is written again at once: a server restarts. What changes its verifier all the time is
+# another fault, or several servers: then WRITEs are stable, and each time they wait twice as long.
+QUICK_LOSSES = 3
+LOSS_S, MAX_LOSS_S = 0.25, 5.0
 
 
 class Taken(enum.Enum):
@@ -283,6 +287,8 @@ class Writer:
         """
         if self._paused or file.sending >= MAX_WRITES_IN_FLIGHT:
             return
+        if file.losses > QUICK_LOSSES and time.monotonic() < file.send_again_at:
+            return  # `run` comes again
         sending = [e for e in file.extents if e.state is SENDING]
         held: list[Extent] = []
         for extent in file.extents[:-1] if but_tail else file.extents:
@@ -393,6 +399,8 @@ class Writer:
             file.changed.unpark_all()
         if any(verifier != result.verifier for _, verifier in unstable):
             self._lost(file)
+        else:
+            file.losses = 0
         self._take_over(file, result.wcc.after, asked_at)
         # An extent that was sent again meanwhile has another verifier and waits for the next COMMIT.
         self._done(
@@ -402,9 +410,17 @@ class Writer:
     def _lost(self, file: OpenFile) -> None:
         """The server restarted: all that it had not committed goes again, in the old order."""
         unstable = [e for e in file.extents if e.state is UNSTABLE]
+        file.losses += 1
+        slowly = file.losses > QUICK_LOSSES
         for extent in unstable:
             extent.state = DIRTY
-        log.warning("server restarted: writing %d bytes again", sum(e.length_bytes for e in unstable))
+            extent.stable = extent.stable or slowly
+        if not slowly:
+            log.warning("server restarted: writing %d bytes again", sum(e.length_bytes for e in unstable))
+            return
+        file.send_again_at = time.monotonic() + min(LOSS_S * 2 ** min(file.losses - QUICK_LOSSES, 8), MAX_LOSS_S)
+        if file.losses == QUICK_LOSSES + 1:
+            log.error("the server's write verifier changes all the time: inode %d is written slowly", file.ino)
 
     def _done(self, file: OpenFile, extents: list[Extent]) -> None:
         for extent in extents:
@@ -413,6 +429,7 @@ class Writer:
         file.extents = [e for e in file.extents if e.state is not DONE]
         if not file.extents:
             self._dirty_files.pop(file.ino, None)
+            file.losses = 0
             # Before the log forgets them: the next daemon must not find the version of before these writes, whose bytes
             # may still be cached, while the server is away.
             self._inodes.note(self._inodes.get(file.ino))

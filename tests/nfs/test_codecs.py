@@ -763,7 +763,7 @@ def feed(receiver: Receiver, stream: bytes) -> list[bytes]:
 )
 def test_an_empty_fragment_and_a_record_over_the_limit_raise_the_protocol_error(stream: bytes) -> None:
     with pytest.raises(ProtocolError):
-        feed(Receiver(1000, lambda head: None), stream)
+        feed(Receiver(1000, lambda head: None), stream + bytes(8))
     assert feed(Receiver(1000, lambda head: None), server.framed(bytes(1000))) == [bytes(1000)]
 
 
