@@ -21,6 +21,7 @@ MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME = 1024, 2048, 1 << 21, 1 
 MIN_DIRTY_BYTES = 16 * 1024**2
 # Of the cache in memory: an extent for each stream that is read, and some.
 MIN_MEM_BYTES = 16 * 1024**2
+MAX_IDENTITY_BYTES = 255
 # They travel in messages of 64 KiB.
 MAX_RULES_BYTES = 32 * 1024
 
@@ -61,6 +62,8 @@ class MountConfig:
     # (directory, bytes) of each disk tier.
     ssd: tuple[tuple[str, int], ...] = ()
     verify_memory: bool = False
+    # What the cache knows the server by; "": by host and port.
+    identity: str = ""
     # Bytes that may be written and not yet safe on the server.
     dirty_bytes: int = 128 * 1024**2
     read_only: bool = False
@@ -206,6 +209,12 @@ def _ssd(text: str) -> dict[str, object]:
     return {"ssd": ((path, wanted),)}
 
 
+def _identity(text: str) -> dict[str, object]:
+    if not 0 < len(os.fsencode(text)) <= MAX_IDENTITY_BYTES:
+        raise UsageError(f"option identity={text}: expected a name of 1 to {MAX_IDENTITY_BYTES} bytes")
+    return {"identity": text}
+
+
 _AC_FIELDS = ("acregmin_s", "acregmax_s", "acdirmin_s", "acdirmax_s")
 _V3 = _choice("vers", {"3": {}, "3.0": {}}, "efcfs speaks NFSv3 only: use vers=3 or leave it out")
 
@@ -253,6 +262,8 @@ OPTIONS = (
     Option("mem", "SIZE|N%", "the cache in memory, of all the user's mounts together (5 % of memory, at most 1g)",
            _mem),
     Option("ssd", "DIR:SIZE", "a cache on a local disk; may be given several times", _ssd),
+    Option("identity", "NAME", "what the cache knows the server by; mounts that say the same share what they cache"
+           " (default: host and port)", _identity),
     Option("dirty", "SIZE", "how much may be written and not yet safe on the server, at least 16m (128m)", _dirty),
     Option("verify", "ssd|all", "which cached blocks are checked against their sums at each read (ssd)",
            _choice("verify", {"ssd": {"verify_memory": False}, "all": {"verify_memory": True}},

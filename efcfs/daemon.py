@@ -18,8 +18,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 
+import lmdb
 import trio
 
 from efcfs import __version__, control
@@ -73,7 +75,7 @@ async def run(keeper: socket.socket, request: Asked) -> None:
                 say(keeper, connected=True)
                 given = await handed_over(keeper)
                 if given is not None:
-                    async with open_filesystem(client, filesystem_options(config), state_dir, store) as fs:
+                    async with open_filesystem(client, filesystem_options(config, client.known), state_dir, store) as fs:
                         mount = Mount(keeper, request, config, client, fs, store)
                         await mount.serve(session, *given)
         nursery.cancel_scope.cancel()
@@ -202,16 +204,25 @@ class Mount:
             self._upgrade.send_nowait(why_not)
 
 
-def filesystem_options(config: MountConfig) -> FilesystemOptions:
+def filesystem_options(config: MountConfig, known: Known) -> FilesystemOptions:
     return FilesystemOptions(
         timeouts=Timeouts(config.acregmin_s, config.acregmax_s, config.acdirmin_s, config.acdirmax_s),
         lookupcache=config.lookupcache,
         cto=config.cto,
         consistency=Consistency(config.consistency, config.rules),
         read_only=config.read_only,
-        server_identity=config.host.encode() + b"\0",
+        server_identity=server_identity(config, known),
         most_dirty_bytes=config.dirty_bytes,
     )
+
+
+def server_identity(config: MountConfig, known: Known) -> bytes:
+    """What tells this export from all others in a shared cache: one name may lead to several servers, by tunnels."""
+    named = [config.identity.encode()] if config.identity else [config.host.encode(), b"%d" % known.port]
+    digest = blake2b(digest_size=16)
+    for part in (*named, known.root_fh):
+        digest.update(len(part).to_bytes(4, "big") + part)
+    return digest.digest()
 
 
 async def beat(keeper: socket.socket) -> None:
@@ -285,7 +296,7 @@ def open_store(config: MountConfig, request: Asked) -> Store | None:
             keep_capacity=replaces_dead or (config.mem_bytes is None and shared),
             try_s=try_s if first or crashed else 0.0,  # one that was fine a moment ago is not tried out
         )  # fmt: skip
-    except (OSError, Unusable) as error:
+    except (OSError, Unusable, lmdb.Error) as error:
         log.error("no cache: %s", error)
         return None
     disks = [

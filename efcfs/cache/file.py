@@ -6,14 +6,16 @@ This module knows nothing of tiers, quotas or eviction; which bytes are there, t
 import contextlib
 import mmap
 import os
+import struct
+from hashlib import blake2b
 
 import trio
-import xxhash
 
-from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES, Index
+from efcfs.cache.index import CHUNK_BYTES, EXTENT_BYTES, KEY_BYTES, Index
 
 # <sys/mman.h>, Linux 5.14; `mmap` has no name for it.
 MADV_POPULATE_READ = 22
+_VERSION = struct.Struct(">QQQ")
 
 
 class CachedFile:
@@ -72,5 +74,14 @@ class CachedFile:
 
 
 def file_key(identity: bytes, size_bytes: int, mtime_ns: int, ctime_ns: int) -> bytes:
-    """The name of one version of a file; `identity` tells which file of which server."""
-    return xxhash.xxh3_128_digest(b"%b %d %d %d" % (identity, size_bytes, mtime_ns, ctime_ns))
+    """The name of one version of a file; `identity` tells which file of which server.
+
+    A cryptographic digest: a server chooses handles, sizes and times, and must not be able to choose the name of
+    another server's file. Only `identity` varies in length, so no two versions are the same bytes.
+    """
+    return blake2b(identity + _VERSION.pack(size_bytes, mtime_ns, ctime_ns), digest_size=KEY_BYTES).digest()
+
+
+def file_digest(identity: bytes) -> bytes:
+    """The name of the file itself, whatever its version."""
+    return blake2b(identity, digest_size=KEY_BYTES).digest()

@@ -28,7 +28,7 @@ CHUNKS = EXTENT_BYTES // CHUNK_BYTES
 FULL_MASK = (1 << CHUNKS) - 1
 SUM_BYTES = 8
 
-FORMAT = b"efcfs cache 2, chunks of %d, extents of %d" % (CHUNK_BYTES, EXTENT_BYTES)
+FORMAT = b"efcfs cache 3, chunks of %d, extents of %d" % (CHUNK_BYTES, EXTENT_BYTES)
 # Sparse: room for some 40 million extents, of which only what is used takes space.
 MAP_BYTES = 8 * 1024**3
 # Uses within so short a time are one use: the kernel reads an extent in several requests.

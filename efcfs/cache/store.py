@@ -18,11 +18,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import lmdb
 import trio
-import xxhash
 
 from efcfs.cache.damage import DAMAGE
 from efcfs.cache.demotion import Demotion
-from efcfs.cache.file import CachedFile, file_key
+from efcfs.cache.file import CachedFile, file_digest, file_key
 from efcfs.cache.index import CHUNK_BYTES, CHUNKS, EXTENT_BYTES, Change
 from efcfs.cache.tier import HIGH_WATER, Tier, checksum
 
@@ -95,7 +94,7 @@ class Store:
         if file is not None and file.index is self.memory.index:
             self._files.move_to_end(key)
             return file
-        digest = xxhash.xxh3_128_digest(identity)
+        digest = file_digest(identity)
         try:
             present = self.memory.index.present_version(digest)
             if present is not None and present != key:

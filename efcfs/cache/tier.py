@@ -41,6 +41,7 @@ from efcfs.cache.index import (
     Unusable,
     Victim,
 )  # fmt: skip
+from efcfs.cache.trust import distrust
 
 log = logging.getLogger(__name__)
 
@@ -112,20 +113,28 @@ class Tier:
         self._damaged = False
         self.capacity_bytes = capacity_bytes
         try:
-            self._open(try_s)
-            set_bytes = self.index.totals()[2]
-            if keep_capacity and set_bytes:
-                self.capacity_bytes = set_bytes
-            else:
-                self.set_capacity(capacity_bytes)
+            try:
+                self._open(try_s, keep_capacity=keep_capacity)
+            except DAMAGE as error:  # only a write finds some of it, after the index was tried out
+                self.close()
+                put_aside(self.directory, str(error))
+                self._open(0.0, keep_capacity=keep_capacity)
         except (OSError, lmdb.Error, Unusable) as error:
             if in_memory:
                 raise
             self.fail(error)
 
-    def _open(self, try_s: float) -> None:
+    def _open(self, try_s: float, *, keep_capacity: bool) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        why = distrust(self.directory)
+        if why is not None:
+            raise Unusable(why)
         self.index = open_index(self.directory, durable=not self.in_memory, try_s=try_s)
+        set_bytes = self.index.totals()[2]
+        if keep_capacity and set_bytes:
+            self.capacity_bytes = set_bytes
+        else:
+            self.set_capacity(self.capacity_bytes)
 
     def close(self) -> None:
         if hasattr(self, "index"):  # a disk that was out from the beginning has none
@@ -519,8 +528,7 @@ class Tier:
             if self._damaged:
                 put_aside(self.directory, "index is damaged")
                 self._damaged = False
-            self._open(TRY_S)
-            self.set_capacity(self.capacity_bytes)
+            self._open(TRY_S, keep_capacity=False)
         except (OSError, lmdb.Error, Unusable) as error:
             log.debug("%s cache: still out: %s", self.name, error)
             self.failed_at = time.monotonic()

@@ -8,6 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from efcfs.cache.trust import distrust
 from efcfs.cli.main import EX_USAGE, Failure
 from efcfs.config import MountConfig
 
@@ -45,6 +46,9 @@ def check_cache(config: MountConfig) -> None:
             raise Failure(
                 f"{option}:{_size(capacity_bytes)}: the disk has only {_size(disk_bytes(path))}: ask for less", EX_USAGE
             )
+        why = distrust(Path(path))
+        if why is not None:
+            raise Failure(f"{option}: {why}: name a directory that only you can write to", EX_USAGE)
 
 
 def check_size(path: str, wanted_bytes: int) -> None:

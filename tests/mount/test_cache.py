@@ -35,7 +35,7 @@ class Watched:
     def __enter__(self) -> "Watched":
         self.proxy = self._stack.enter_context(Proxy(self._server.port))
         self.mount = self._stack.enter_context(
-            Mount(self._server, self._path, f"nconnect=4,{self._options}", port=self.proxy.port)
+            Mount(self._server, self._path, f"identity=watched,nconnect=4,{self._options}", port=self.proxy.port)
         )
         # The tier is shared with the tests before: a smaller quota than theirs takes effect first.
         wait_until(lambda: int(str(self.tier("mem")["used_bytes"])) < int(str(self.tier("mem")["capacity_bytes"])))
