@@ -31,7 +31,8 @@ class Callers:
 
 
 def _groups(pid: int) -> tuple[int, ...]:
-    """Supplementary groups of the process; none when it is gone or in a foreign pid namespace (pid 0)."""
+    """Supplementary groups of the process; none when it is gone, in a foreign pid namespace (pid 0), or not ours to see
+    (a /proc with hidepid)."""
     if not pid:
         return ()
     try:
@@ -39,6 +40,6 @@ def _groups(pid: int) -> tuple[int, ...]:
             for line in status:
                 if line.startswith(b"Groups:"):
                     return tuple(int(group) for group in line.split()[1:])[:MAX_GROUPS]
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # the caller died while its request was on the way
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        pass
     return ()

@@ -20,7 +20,7 @@ from pyfuse3 import FUSEError
 
 from efcfs.fuse.callers import Callers
 from efcfs.nfs import nfs3
-from efcfs.nfs.nfs3 import Fattr
+from efcfs.nfs.nfs3 import Fattr, Sattr
 from efcfs.vfs.entries import Entry
 from efcfs.vfs.errors import SERVER_ERRORS, errno_of, is_of_the_daemon
 from efcfs.vfs.filesystem import FileSystem
@@ -29,7 +29,8 @@ from efcfs.vfs.opening import Opened
 
 log = logging.getLogger(__name__)
 
-FUSE_LOOKUP, FUSE_GETATTR, FUSE_OPEN, FUSE_RELEASE, FUSE_FSYNC, FUSE_FLUSH, FUSE_CREATE = 1, 3, 14, 18, 20, 25, 35
+FUSE_LOOKUP, FUSE_GETATTR, FUSE_SETATTR, FUSE_OPEN, FUSE_STATFS, FUSE_RELEASE = 1, 3, 4, 14, 17, 18
+FUSE_FSYNC, FUSE_FLUSH, FUSE_CREATE = 20, 25, 35
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE = 1, 2
 # In the number of a request that another daemon had taken and not answered.
 FUSE_UNIQUE_RESEND = 1 << 63
@@ -39,6 +40,13 @@ _FH = struct.Struct("<Q")
 # fuse_open_in: flags; fuse_create_in: flags, mode, umask, open_flags, and the name
 _OPEN_IN = struct.Struct("<I")
 _CREATE_IN = struct.Struct("<II8x")
+# fuse_setattr_in: valid, fh, size, seconds and then nanoseconds of atime and mtime, mode, uid, gid
+_SETATTR_IN = struct.Struct("<I4xQQ8xqq8xII4xI4xII")
+FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME, FATTR_FH = (1 << bit for bit in range(7))
+FATTR_ATIME_NOW, FATTR_MTIME_NOW = 1 << 7, 1 << 8
+# fuse_kstatfs: blocks, free, free for users, files, free files, block size, longest name, fragment size
+_STATFS_OUT = struct.Struct("<QQQQQIII28x")
+STATFS_BLOCK_BYTES = 4096
 # struct fuse_attr: ino, size, blocks, seconds and then nanoseconds of three times, mode, nlink, uid, gid, rdev, blksize
 _ATTR = struct.Struct("<QQQqqqIIIIIIIII4x")
 # fuse_attr_out up to its attr: how long it is valid, s and ns
@@ -125,6 +133,18 @@ def requests(fs: FileSystem, callers: Callers) -> dict[int, Served]:
     async def getattr_(asked: Asked, body: bytes) -> bytes:
         return _attributes(await fs.getattr(asked.ino, credential(*asked[2:])))
 
+    async def setattr_(asked: Asked, body: bytes) -> bytes:
+        sattr, handle = _wanted(body)
+        return _attributes(await fs.setattr(asked.ino, credential(*asked[2:]), sattr, handle))
+
+    async def statfs(asked: Asked, body: bytes) -> bytes:
+        result, name_max = await fs.statfs(credential(*asked[2:]))
+        size = STATFS_BLOCK_BYTES
+        return _STATFS_OUT.pack(
+            result.tbytes // size, result.fbytes // size, result.abytes // size, result.tfiles, result.ffiles,
+            size, name_max, size,
+        )  # fmt: skip
+
     async def open_(asked: Asked, body: bytes) -> bytes:
         if fs.is_immutable:
             raise FUSEError(errno.ENOSYS)  # the kernel asks no more, and READs come by node id
@@ -162,6 +182,8 @@ def requests(fs: FileSystem, callers: Callers) -> dict[int, Served]:
     return {
         FUSE_LOOKUP: Served(lookup_at_once, lookup),
         FUSE_GETATTR: Served(getattr_at_once, getattr_),
+        FUSE_SETATTR: Served(None, setattr_),
+        FUSE_STATFS: Served(None, statfs),
         FUSE_OPEN: Served(None, open_),
         FUSE_CREATE: Served(None, create),
         FUSE_FLUSH: Served(flush_at_once, flush),
@@ -173,6 +195,30 @@ def requests(fs: FileSystem, callers: Callers) -> dict[int, Served]:
 def _name(body: bytes | memoryview) -> bytes:
     """It ends with a NUL."""
     return bytes(body).partition(b"\0")[0]
+
+
+def _wanted(body: bytes) -> tuple[Sattr, int | None]:
+    """What fuse_setattr_in wants changed, and through which handle.
+
+    Only here one sees that a time is to be now: that is by the server's clock, as of all other changes.
+    """
+    valid, fh, size, atime_s, mtime_s, atime_ns, mtime_ns, mode, uid, gid = _SETATTR_IN.unpack_from(body)
+
+    def time_ns(given: int, now: int, seconds: int, nanoseconds: int) -> int | None:
+        if valid & now:
+            return nfs3.SERVER_TIME
+        # NFSv3 has no times before 1970.
+        return max(0, seconds * 1_000_000_000 + nanoseconds) if valid & given else None
+
+    sattr = Sattr(
+        stat.S_IMODE(mode) if valid & FATTR_MODE else None,
+        uid if valid & FATTR_UID else None,
+        gid if valid & FATTR_GID else None,
+        size if valid & FATTR_SIZE else None,
+        time_ns(FATTR_ATIME, FATTR_ATIME_NOW, atime_s, atime_ns),
+        time_ns(FATTR_MTIME, FATTR_MTIME_NOW, mtime_s, mtime_ns),
+    )
+    return sattr, fh if valid & FATTR_FH else None
 
 
 def _split(timeout_s: float) -> tuple[int, int]:

@@ -17,8 +17,6 @@ from pyfuse3 import (
     FUSEError,
     ReaddirToken,
     RequestContext,
-    SetattrFields,
-    StatvfsData,
 )
 
 from efcfs.fuse.callers import Callers
@@ -120,38 +118,8 @@ class Operations(pyfuse3.Operations):
     # -- attributes --------------------------------------------------------------------------------
 
     @_answered
-    async def setattr(
-        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
-    ) -> EntryAttributes:
-        entry = await self._fs.setattr(
-            inode, self._who(ctx)[0],
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size_bytes=attr.st_size if fields.update_size else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            handle=fh,
-        )  # fmt: skip
-        return _entry(entry)
-
-    @_answered
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         return await self._fs.access(inode, mode, self._who(ctx)[0])
-
-    @_answered
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        result, name_max = await self._fs.statfs(self._who(ctx)[0])
-        data = StatvfsData()
-        data.f_bsize = data.f_frsize = 4096
-        data.f_blocks = result.tbytes // 4096
-        data.f_bfree = result.fbytes // 4096
-        data.f_bavail = result.abytes // 4096
-        data.f_files = result.tfiles
-        data.f_ffree = result.ffiles
-        data.f_favail = result.afiles
-        data.f_namemax = name_max
-        return data
 
     # NFSv3 has no extended attributes. After ENOSYS the kernel says EOPNOTSUPP by itself and asks no more.
 

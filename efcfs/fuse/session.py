@@ -25,6 +25,10 @@ FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_PARALLEL_DIROPS = 1 << 18
 FUSE_CACHE_SYMLINKS = 1 << 23
 FUSE_EXPLICIT_INVAL_DATA = 1 << 25
+FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
+FUSE_INIT_EXT = 1 << 30
+# In flags2, which counts with INIT_EXT: bit 36 of all flags.
+FUSE_DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
 
 # Requests of one mount that the kernel may have waiting here: enough for readahead over 64 links.
 MAX_BACKGROUND = 256
@@ -33,10 +37,12 @@ CONGESTION_THRESHOLD = 192
 MAX_TASKS = 512
 MIN_TASKS = 8
 
-_IN_FLAGS = struct.Struct("<I")
+_IN_FLAGS = struct.Struct("<II")  # flags, flags2
 _IN_FLAGS_AT = 40 + 12
 _OUT_FLAGS = struct.Struct("<IHH")  # flags, max_background, congestion_threshold
 _OUT_FLAGS_AT = 16 + 12
+_OUT_FLAGS2 = struct.Struct("<I")
+_OUT_FLAGS2_AT = 16 + 32
 
 
 def amend_init_reply(request: bytes, reply: bytes) -> bytes:
@@ -44,14 +50,22 @@ def amend_init_reply(request: bytes, reply: bytes) -> bytes:
 
     PARALLEL_DIROPS: or lookups in one directory go one at a time. CACHE_SYMLINKS: targets do not change.
     No AUTO_INVAL_DATA: it would drop the pages that we wrote ourselves whenever their mtime comes back from
-    the server; the file system invalidates by itself.
+    the server; the file system invalidates by itself. HANDLE_KILLPRIV_V2: the server clears set-id bits, as the
+    kernel's NFS client has it; without, the kernel does so by a SETATTR(mode) in the name of who writes, which the
+    server refuses to all but the owner. DIRECT_IO_ALLOW_MMAP: or `strict` has no shared mappings.
     """
-    (offered,) = _IN_FLAGS.unpack_from(request, _IN_FLAGS_AT)
+    offered, offered2 = _IN_FLAGS.unpack_from(request, _IN_FLAGS_AT)
     flags, _, _ = _OUT_FLAGS.unpack_from(reply, _OUT_FLAGS_AT)
-    flags |= offered & (FUSE_PARALLEL_DIROPS | FUSE_CACHE_SYMLINKS | FUSE_EXPLICIT_INVAL_DATA)
+    (flags2,) = _OUT_FLAGS2.unpack_from(reply, _OUT_FLAGS2_AT)
+    flags |= offered & (
+        FUSE_PARALLEL_DIROPS | FUSE_CACHE_SYMLINKS | FUSE_EXPLICIT_INVAL_DATA | FUSE_HANDLE_KILLPRIV_V2 | FUSE_INIT_EXT
+    )
     flags &= ~FUSE_AUTO_INVAL_DATA
+    if flags & FUSE_INIT_EXT:
+        flags2 |= offered2 & FUSE_DIRECT_IO_ALLOW_MMAP
     amended = bytearray(reply)
     _OUT_FLAGS.pack_into(amended, _OUT_FLAGS_AT, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD)
+    _OUT_FLAGS2.pack_into(amended, _OUT_FLAGS2_AT, flags2)
     return bytes(amended)
 
 

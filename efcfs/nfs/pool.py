@@ -2,7 +2,8 @@
 
 READ and WRITE go to the data link with the fewest bytes in flight; metadata calls have a link of their own
 per address, so that they never queue behind a megabyte. A link that breaks or stalls loses its calls to
-the others (same xid, so the server's reply cache can recognise them) and is connected again with back-off.
+the others and is connected again with back-off. They keep their xid, but nothing relies on the server's reply cache:
+that may know a call by the port it came from, too. `client.py` judges a call that was sent again by its effect.
 With no link up, calls wait: for ever (hard) or until timeo x retrans (soft).
 
 The pool moves calls; it does not know what is in them.

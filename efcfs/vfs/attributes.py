@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 FOR_EVER_S = 1e9
 # While the server is away: soon enough to notice that it is back.
 AWAY_S = 1.0
+SET_ID_BITS = 0o6000
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,8 @@ class Attributes:
                     self.expire(inode)
                 return
             inode.timeout_s = low
+            if old.mode & ~attr.mode & SET_ID_BITS and self.kernel is not None:
+                self.kernel.drop_attributes(inode.ino)  # or execve(2) goes on by the mode that it has
             if own:
                 if inode.pages_version == version(old):
                     inode.pages_version = version(attr)

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import logging
 import os
-import stat
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import trio
 
 from efcfs.cache.store import Store
 from efcfs.nfs import nfs3
-from efcfs.nfs.client import Client, NfsError, own_credential
+from efcfs.nfs.client import Client, own_credential
 from efcfs.nfs.light import in_task
 from efcfs.nfs.link import ServerAway
 from efcfs.nfs.nfs3 import Fattr, Sattr
@@ -48,9 +47,6 @@ log = logging.getLogger(__name__)
 
 # After a takeover, what nobody waits for waits so long.
 RUSH_S = 0.25
-
-# The kernel turns utimensat(UTIME_NOW) into its own time, and pyfuse3 does not tell; so recent it may have been that.
-MAYBE_NOW_NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,41 +154,27 @@ class FileSystem:
         await self.attributes.get(inode, cred)
         return self._entries.of(inode)
 
-    async def setattr(
-        self, ino: int, cred: Credential, *, mode: int | None = None, uid: int | None = None,
-        gid: int | None = None, size_bytes: int | None = None, atime_ns: int | None = None,
-        mtime_ns: int | None = None, handle: int | None = None,
-    ) -> Entry:  # fmt: skip
+    async def setattr(self, ino: int, cred: Credential, sattr: Sattr, handle: int | None = None) -> Entry:
         """Change what is not None. With a handle the size is changed in the name of who opened it."""
         inode = self._inodes.get(ino)
         self.attributes.refuse_immutable(inode)
+        if handle is not None and sattr.size is not None and sattr.mode is sattr.uid is sattr.gid is None:
+            cred = self._opening.handles[handle].cred
         file = inode.open_file
         if file is not None and file.extents:
             # Or an extent that is sent again, by the next daemon or to the next server, would undo the truncation or
             # the times.
             await self.writer.sync(file)
-        if size_bytes is not None:
-            self._check_end(size_bytes)
-        # NFSv3 has no times before 1970.
-        times = (None if t is None else max(0, t) for t in (atime_ns, mtime_ns))
-        sattr = Sattr(None if mode is None else stat.S_IMODE(mode), uid, gid, size_bytes, *times)
-        if handle is not None and size_bytes is not None and mode is None and uid is None and gid is None:
-            cred = self._opening.handles[handle].cred
+        if sattr.size is not None:
+            self._check_end(sattr.size)
         self._touched(inode)
         asked_at = time.monotonic()
-        try:
-            result = await self.client.setattr(cred, inode.fh, sattr)
-        except NfsError as error:
-            # Who may write a file but does not own it may set its times to now, and only by the server's clock.
-            by_server = _by_servers_clock(sattr)
-            if error.status not in (nfs3.NFS3ERR_PERM, nfs3.NFS3ERR_ACCES) or by_server is None:
-                raise
-            result = await self.client.setattr(cred, inode.fh, by_server)
+        result = await self.client.setattr(cred, inode.fh, sattr)
         inode = self._inodes.get(ino)
         self.attributes.update_wcc(inode, result.wcc, asked_at)
         if result.wcc.after is None:
             await self.attributes.revalidate(inode, cred)
-        if size_bytes is not None:
+        if sattr.size is not None:
             self._inodes.note(inode)  # as after a write (`writer.py`)
         return self._entries.of(inode)
 
@@ -239,7 +221,7 @@ class FileSystem:
         try:
             await opening.check(inode, flags, cred)
             if flags & os.O_TRUNC:
-                await self.setattr(ino, cred, size_bytes=0)
+                await self.setattr(ino, cred, Sattr(size=0))
                 inode.kernel_size_bytes = 0
             if self.prefetch is not None and flags & os.O_ACCMODE == os.O_RDONLY:
                 self.prefetch.opened(inode, cred)
@@ -437,18 +419,6 @@ class FileSystem:
         number = self.writer.new_error(handle)
         if number is not None:
             raise OSError(number, os.strerror(number))
-
-
-def _by_servers_clock(sattr: Sattr) -> Sattr | None:
-    """The same with times that may have been meant as now left to the server; None when they were not."""
-    now_ns = time.time_ns()
-    given = [t for t in (sattr.atime_ns, sattr.mtime_ns) if t is not None]
-    if not given or any(not 0 <= now_ns - t < MAYBE_NOW_NS for t in given):
-        return None
-    return sattr._replace(
-        atime_ns=None if sattr.atime_ns is None else nfs3.SERVER_TIME,
-        mtime_ns=None if sattr.mtime_ns is None else nfs3.SERVER_TIME,
-    )
 
 
 async def _until_cancelled(task_status: trio.TaskStatus[trio.Nursery]) -> None:

@@ -39,6 +39,21 @@ def test_strict_shows_another_clients_write_at_once(mount_factory: MountFactory,
         os.close(writer)
 
 
+def test_strict_maps_files_shared(mount_factory: MountFactory, place: Place) -> None:
+    """As SQLite's WAL, LMDB and np.load(mmap_mode="r") do."""
+    (place.there / "file").write_bytes(b"contents".ljust(8192))
+    here = place.through(mount_factory("consistency=strict"))
+    with open(here / "file", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[:8] == b"contents"
+    with open(here / "file", "r+b") as both, mmap.mmap(both.fileno(), 0) as mapped:
+        mapped[:8] = b"replaced"
+        mapped.flush()
+        assert os.pread(both.fileno(), 8, 0) == b"replaced"
+        os.pwrite(both.fileno(), b"written ", 4096)
+        assert mapped[4096:4104] == b"written "
+    assert (place.there / "file").read_bytes() == b"replaced".ljust(4096) + b"written ".ljust(4096)
+
+
 def test_immutable_asks_nothing_twice_and_changes_nothing(mount_factory: MountFactory, place: Place) -> None:
     (place.there / "file").write_bytes(b"as it was")
     here = place.through(mount_factory("consistency=immutable"))
