@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from efcfs.fuse.callers import Callers
 from efcfs.fuse.direct import Asked, requests
+from efcfs.fuse.interrupts import FUSE_READDIRPLUS, FUSE_RENAME2, unwanted
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr, Sattr
 from efcfs.nfs.rpc import Credential
@@ -38,7 +39,7 @@ def asked_of_the_file_system(body: bytes) -> tuple[Sattr, int | None]:
         return Entry(ino, 0, Fattr(1, 0, 1, 0, 0, 0, 0, 0, 0, 0, ino, 0, 0, 0), 0.0, 0.0)
 
     served = requests(cast(FileSystem, SimpleNamespace(setattr=setattr_)), Callers())[FUSE_SETATTR]
-    trio.run(served.later, Asked(2, 5, 0, 0, 0), body)
+    trio.run(served.later, Asked(FUSE_SETATTR, 2, 5, 0, 0, 0), body)
     return seen[0]
 
 
@@ -72,3 +73,19 @@ def test_a_caller_whom_proc_hides_is_one_without_groups(monkeypatch: pytest.Monk
 def test_now_is_now_by_the_servers_clock() -> None:
     body = SETATTR_IN.pack(ATIME | ATIME_NOW | MTIME | MTIME_NOW, 0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0)
     assert asked_of_the_file_system(body) == (Sattr(atime_ns=nfs3.SERVER_TIME, mtime_ns=nfs3.SERVER_TIME), None)
+
+
+@given(st.lists(st.tuples(st.integers(1, 2**64 - 1), st.binary(min_size=1, max_size=255))))
+def test_a_page_of_a_listing_gives_a_lookup_for_each_of_its_names(names: list[tuple[int, bytes]]) -> None:
+    page = b""
+    for ino, name in names:
+        entry = struct.pack("<Q", ino) + bytes(120) + struct.pack("<QQII", ino, 1, len(name), 4) + name
+        page += entry + bytes(-len(entry) % 8)
+    assert unwanted(Asked(FUSE_READDIRPLUS, 2, 5, 0, 0, 0), b"", page).lookups == [(ino, 1) for ino, _ in names]
+
+
+@given(st.binary(max_size=255), st.binary(max_size=255), st.integers(0, 2**64 - 1))
+def test_the_kernel_asks_again_for_both_names_of_a_rename(old: bytes, new: bytes, directory: int) -> None:
+    old, new = old.replace(b"\0", b""), new.replace(b"\0", b"")
+    request = struct.pack("<QII", directory, 0, 0) + old + b"\0" + new + b"\0"
+    assert unwanted(Asked(FUSE_RENAME2, 2, 5, 0, 0, 0), request, b"").names == [(5, old), (directory, new)]

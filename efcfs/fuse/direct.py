@@ -74,6 +74,7 @@ BLKSIZE = 128 * 1024
 class Asked(NamedTuple):
     """A request's head, as the kernel has it."""
 
+    opcode: int
     unique: int
     ino: int
     uid: int
@@ -124,21 +125,21 @@ def requests(fs: FileSystem, callers: Callers) -> dict[int, Served]:
         return _entry(entry) if entry is not None else None
 
     async def lookup(asked: Asked, body: bytes) -> bytes:
-        return _entry(await fs.names.lookup(asked.ino, _name(body), credential(*asked[2:])))
+        return _entry(await fs.names.lookup(asked.ino, _name(body), credential(*asked[3:])))
 
     def getattr_at_once(asked: Asked, body: memoryview) -> bytes | None:
         entry = fs.getattr_at_once(asked.ino)
         return _attributes(entry) if entry is not None else None
 
     async def getattr_(asked: Asked, body: bytes) -> bytes:
-        return _attributes(await fs.getattr(asked.ino, credential(*asked[2:])))
+        return _attributes(await fs.getattr(asked.ino, credential(*asked[3:])))
 
     async def setattr_(asked: Asked, body: bytes) -> bytes:
         sattr, handle = _wanted(body)
-        return _attributes(await fs.setattr(asked.ino, credential(*asked[2:]), sattr, handle))
+        return _attributes(await fs.setattr(asked.ino, credential(*asked[3:]), sattr, handle))
 
     async def statfs(asked: Asked, body: bytes) -> bytes:
-        result, name_max = await fs.statfs(credential(*asked[2:]))
+        result, name_max = await fs.statfs(credential(*asked[3:]))
         size = STATFS_BLOCK_BYTES
         return _STATFS_OUT.pack(
             result.tbytes // size, result.fbytes // size, result.abytes // size, result.tfiles, result.ffiles,
@@ -149,12 +150,12 @@ def requests(fs: FileSystem, callers: Callers) -> dict[int, Served]:
         if fs.is_immutable:
             raise FUSEError(errno.ENOSYS)  # the kernel asks no more, and READs come by node id
         (flags,) = _OPEN_IN.unpack_from(body)
-        return _opened(await fs.open(asked.ino, flags, credential(*asked[2:]), asked.request))
+        return _opened(await fs.open(asked.ino, flags, credential(*asked[3:]), asked.request))
 
     async def create(asked: Asked, body: bytes) -> bytes:
         flags, mode = _CREATE_IN.unpack_from(body)
         opened, entry = await fs.names.create(
-            asked.ino, _name(body[_CREATE_IN.size :]), mode, flags, credential(*asked[2:]),
+            asked.ino, _name(body[_CREATE_IN.size :]), mode, flags, credential(*asked[3:]),
             asked.request,
         )  # fmt: skip
         return _entry(entry) + _opened(opened)

@@ -14,10 +14,13 @@ import trio
 log = logging.getLogger(__name__)
 
 # <linux/fuse.h>: struct fuse_out_header with the code in place of the error, then each message's own
-FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_STORE, FUSE_NOTIFY_RESEND = 2, 4, 7
+FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_INVAL_ENTRY, FUSE_NOTIFY_STORE, FUSE_NOTIFY_RESEND = 2, 3, 4, 7
+FUSE_EXPIRE_ONLY = 1
 _OUT = struct.Struct("<IiQ")
 # nodeid, offset, length; an offset below 0: attributes only; length 0: to the end
 _INVAL_INODE = struct.Struct("<IiQQqq")
+# nodeid of the directory, length of the name, which follows with a NUL, flags
+_INVAL_ENTRY = struct.Struct("<IiQQII")
 # nodeid, offset, size
 _STORE = struct.Struct("<IiQQQI4x")
 
@@ -42,6 +45,12 @@ class KernelCaches:
     def drop_pages(self, ino: int) -> None:
         message = _INVAL_INODE.pack(_INVAL_INODE.size, FUSE_NOTIFY_INVAL_INODE, 0, ino, 0, 0)
         self._nursery.start_soon(self._in_thread, message)
+
+    def expire_name(self, directory: int, name: bytes) -> None:
+        size = _INVAL_ENTRY.size + len(name) + 1
+        head = _INVAL_ENTRY.pack(size, FUSE_NOTIFY_INVAL_ENTRY, 0, directory, len(name), FUSE_EXPIRE_ONLY)
+        # It waits for the directory's lock, which somebody may hold whom we have to answer.
+        self._nursery.start_soon(self._in_thread, head + name + b"\0")
 
     def store_pages(self, ino: int, data: bytes) -> None:
         """Put the bytes of a whole file into the page cache. Blocks: for a thread."""

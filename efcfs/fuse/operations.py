@@ -21,7 +21,7 @@ from pyfuse3 import (
 
 from efcfs.fuse.callers import Callers
 from efcfs.fuse.direct import BLKSIZE, MODE_OF_TYPE, Asked, Served, requests, told
-from efcfs.fuse.wire import Caller
+from efcfs.fuse.interrupts import Unwanted
 from efcfs.nfs import nfs3
 from efcfs.nfs.nfs3 import Fattr
 from efcfs.nfs.rpc import Credential
@@ -195,9 +195,11 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def read_later(
-        self, fh: int, ino: int, offset: int, size_bytes: int, caller: Caller
+        self, asked: Asked, fh: int, offset: int, size_bytes: int
     ) -> memoryview | bytes:
-        return await self._fs.read(fh or self._fs.handle_of(ino, self.callers.credential(*caller)), offset, size_bytes)
+        if not fh:
+            fh = self._fs.handle_of(asked.ino, self.callers.credential(*asked[3:]))
+        return await self._fs.read(fh, offset, size_bytes)
 
     def write_at_once(self, fh: int, offset: int, data: memoryview) -> Taken | None:
         try:
@@ -215,6 +217,22 @@ class Operations(pyfuse3.Operations):
 
     def forgotten(self, inodes: list[tuple[int, int]]) -> None:
         self._fs.forget(inodes)
+
+    async def take_back(self, what: Unwanted) -> None:
+        kernel = self._fs.attributes.kernel
+        try:
+            if what.directory:
+                self._fs.releasedir(what.directory)
+            if what.handle:
+                await self._fs.release(what.handle)
+            self._fs.forget(what.lookups)
+            if kernel is not None:
+                for directory, name in what.names:
+                    kernel.expire_name(directory, name)
+                if what.attributes_of:
+                    kernel.drop_attributes(what.attributes_of)
+        except Exception as error:
+            told("taking back", error)
 
     # -- parts -------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ CONGESTION_THRESHOLD = 192
 # A hard mount whose server is away parks each caller in a task; beyond these, cached answers wait too.
 MAX_TASKS = 512
 MIN_TASKS = 8
+# How long changes may take to end whose callers were killed, when the mount has ended.
+ENDING_S = 2.0
 
 _IN_FLAGS = struct.Struct("<II")  # flags, flags2
 _IN_FLAGS_AT = 40 + 12
@@ -126,5 +128,6 @@ class Session:
                 nursery.start_soon(pyfuse3.main, min(MIN_TASKS, self._room.requests), self._room.requests)
                 await wire.run()
                 pyfuse3.terminate()  # it ends when what libfuse has is done
+                nursery.cancel_scope.deadline = trio.current_time() + ENDING_S  # nobody waits for that any more
         finally:
             os.close(fuse_fd)

@@ -30,7 +30,8 @@ from typing import NamedTuple, Protocol
 import trio
 from pyfuse3 import FUSEError
 
-from efcfs.fuse.direct import Asked, Later, Served, told
+from efcfs.fuse.direct import FUSE_FLUSH, Asked, Later, Served, told
+from efcfs.fuse.interrupts import Interrupts, Unwanted, unwanted
 from efcfs.nfs.light import Light
 from efcfs.nfs.nursery import open_nursery
 from efcfs.vfs.writer import Taken
@@ -47,6 +48,7 @@ _LISTED_AT = _IN.size + 16
 _LISTED = struct.Struct("<I")
 _TOKEN = struct.Struct("<I")
 _LOOKUPS = struct.Struct("<Q")
+_INTERRUPTED = struct.Struct("<Q")
 _FORGOTTEN = struct.Struct("<QQ")
 _FORGOTTEN_AT = _IN.size + 8
 # struct fuse_out_header: len, error, unique; with a fuse_write_out: size
@@ -62,14 +64,6 @@ SOCKET_BYTES = 32 * 1024 * 1024
 SO_SNDBUFFORCE = 32
 # Tasks that are ready to run, and the server's answers, wait for no more requests than these.
 IN_A_ROW = 16
-
-
-class Caller(NamedTuple):
-    """Who asks."""
-
-    uid: int
-    gid: int
-    pid: int
 
 
 class Files(Protocol):
@@ -93,7 +87,7 @@ class Files(Protocol):
         """The bytes if memory has them."""
 
     async def read_later(
-        self, fh: int, ino: int, offset: int, size_bytes: int, caller: Caller
+        self, asked: Asked, fh: int, offset: int, size_bytes: int
     ) -> memoryview | bytes:
         """The bytes; good until the next await."""
 
@@ -107,6 +101,9 @@ class Files(Protocol):
 
     def forgotten(self, inodes: list[tuple[int, int]]) -> None:
         """Node ids and how many lookups of each the kernel takes back."""
+
+    async def take_back(self, what: Unwanted) -> None:
+        """What an answer gave that the kernel did not want any more. Raises nothing that is not the daemon's end."""
 
 
 class Room(NamedTuple):
@@ -149,16 +146,15 @@ class Wire(trio.abc.Instrument):
         self._error: BaseException | None = None
         # A request for which libfuse's socket has no room yet; no other one is read until it has.
         self._held: bytes | None = None
-        # Requests passed on and not yet answered, by their tokens.
-        self._with_libfuse: dict[int, Asked] = {}
-        # READs and WRITEs that wait.
-        self._under_way = 0
+        # Requests passed on and not yet answered, by their tokens: with what follows their heads.
+        self._with_libfuse: dict[int, tuple[Asked, bytes]] = {}
+        # Served here and not yet answered, by their numbers: with the light coroutine that does so, or what cancels it.
+        self._waiting: dict[int, tuple[Asked, Light | trio.CancelScope | None]] = {}
+        self._interrupts = Interrupts(self._unanswered, self._give_up, self._flushing)
         self._taking = True
         self._drained = trio.Event()
         self.replaced = False
         self._serving = serving
-        # Requests that wait for a call.
-        self._lights: set[Light] = set()
         self._tasks_are_ready = False
         self._arrivals_fd = files.attend()
         self._loop_fd = _epoll_fd(self._arrivals_fd)
@@ -173,6 +169,7 @@ class Wire(trio.abc.Instrument):
         """Until the mount has ended. Raises OSError when /dev/fuse fails, and what is a bug in `files`."""
         async with open_nursery() as self._nursery:
             trio.lowlevel.add_instrument(self)
+            self._nursery.start_soon(self._interrupts.run)
             try:
                 await self._ended.wait()
             finally:
@@ -180,15 +177,16 @@ class Wire(trio.abc.Instrument):
                     trio.lowlevel.remove_instrument(self)
                 self._poll.close()
                 self._files.leave()
-                for light in self._lights:
-                    light.become_task()  # and be cancelled as one
+                for _, waiting in self._waiting.values():
+                    if isinstance(waiting, Light):
+                        waiting.become_task()  # and be cancelled as one
                 self._nursery.cancel_scope.cancel()
             if self._error is not None:
                 raise self._error
 
     def asked(self, token: int) -> Asked:
         """What is behind the pid that libfuse was told."""
-        return self._with_libfuse[token]
+        return self._with_libfuse[token][0]
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and let those under way end. False: some have not; another daemon gets them again."""
@@ -202,7 +200,7 @@ class Wire(trio.abc.Instrument):
         return not scope.cancelled_caught
 
     def _note_drained(self) -> None:
-        if not self._taking and not self._with_libfuse and not self._under_way:
+        if not self._taking and not self._with_libfuse and not self._waiting:
             self._drained.set()
 
     def resume(self) -> None:
@@ -285,8 +283,9 @@ class Wire(trio.abc.Instrument):
             if there is not None:
                 self._tell((_OUT.pack(_OUT.size + len(there), 0, unique), there))
                 return
-            self._under_way += 1
-            self._nursery.start_soon(self._read, unique, fh, ino, offset, size_bytes, Caller(uid, gid, pid))
+            asked = Asked(opcode, unique, ino, uid, gid, pid)
+            self._waiting[unique] = asked, None
+            self._nursery.start_soon(self._read, asked, fh, offset, size_bytes)
         elif opcode == FUSE_WRITE:
             fh, offset, size_bytes = _RANGE.unpack_from(request, _IN.size)
             data = request[_WRITTEN_AT:]
@@ -298,24 +297,29 @@ class Wire(trio.abc.Instrument):
             if taken is Taken.ANSWER:
                 self._tell((_WROTE.pack(_WROTE.size, 0, unique, size_bytes),))
                 return
-            self._under_way += 1
+            scope: trio.CancelScope | None = None
+            wait = partial(self._files.taken, fh)
             if taken is None:
-                wait = partial(self._files.write_later, fh, offset, memoryview(bytes(data)))
-            else:
-                wait = partial(self._files.taken, fh)
+                # Who is interrupted may have closed the file when there is room, so nothing is to be kept then.
+                scope = trio.CancelScope()
+                wait = partial(_unless, scope, partial(self._files.write_later, fh, offset, memoryview(bytes(data))))
+            self._waiting[unique] = Asked(opcode, unique, ino, uid, gid, pid), scope
             self._nursery.start_soon(self._write, unique, size_bytes, wait)
         elif opcode in self._files.served:
-            self._serve_one(self._files.served[opcode], _asked(request), request[_IN.size :])
+            asked = Asked(opcode, unique, ino, uid, gid, pid)
+            self._serve_one(self._files.served[opcode], asked, request[_IN.size :])
         elif opcode == FUSE_FORGET:
             self._files.forgotten([(ino, _LOOKUPS.unpack_from(request, _IN.size)[0])])
         elif opcode == FUSE_BATCH_FORGET:
             self._files.forgotten(list(_FORGOTTEN.iter_unpack(request[_FORGOTTEN_AT:])))
-        elif opcode != FUSE_INTERRUPT:  # pyfuse3 does nothing about it either
+        elif opcode == FUSE_INTERRUPT:
+            self._interrupts.interrupt(*_INTERRUPTED.unpack_from(request, _IN.size))
+        else:
             if opcode in (FUSE_READDIR, FUSE_READDIRPLUS):
                 (size_bytes,) = _LISTED.unpack_from(request, _LISTED_AT)
                 _LISTED.pack_into(request, _LISTED_AT, min(size_bytes, self._listed_bytes))
             token = _token(unique)
-            self._with_libfuse[token] = _asked(request)
+            self._with_libfuse[token] = Asked(opcode, unique, ino, uid, gid, pid), bytes(request[_IN.size :])
             _TOKEN.pack_into(request, _PID_AT, token)
             self._pass_on(request)
 
@@ -328,22 +332,24 @@ class Wire(trio.abc.Instrument):
         if answer is not None:
             self._tell((_OUT.pack(_OUT.size + len(answer), 0, asked.unique), answer))
             return
-        self._under_way += 1
         light = Light(self._nursery)
-        self._lights.add(light)
-        light.run(self._later(light, served.later, asked, bytes(body)))
+        self._waiting[asked.unique] = asked, light
+        light.run(self._later(served.later, asked, bytes(body)))
 
-    async def _later(self, light: Light, later: Later, asked: Asked, body: bytes) -> None:
+    async def _later(self, later: Later, asked: Asked, body: bytes) -> None:
         try:
             answer = await later(asked, body)
         except Exception as error:
             self._refuse(asked.unique, told(later.__name__, error))
         else:
-            self._tell((_OUT.pack(_OUT.size + len(answer), 0, asked.unique), answer))
+            if not self._tell((_OUT.pack(_OUT.size + len(answer), 0, asked.unique), answer)):
+                self._take_back(asked, body, answer)
         finally:
-            self._lights.discard(light)
-            self._under_way -= 1
-            self._note_drained()
+            self._answered(asked.unique)
+
+    def _answered(self, unique: int) -> None:
+        del self._waiting[unique]
+        self._note_drained()
 
     def _pass_on(self, request: bytes | memoryview) -> None:
         try:
@@ -368,23 +374,24 @@ class Wire(trio.abc.Instrument):
                     answer = self._libfuse.recv(ANSWER_BYTES)
                 except BlockingIOError:
                     break
-                self._tell((answer,))
-                _, _, unique = _OUT.unpack_from(answer)
-                self._with_libfuse.pop(_token(unique), None)
+                wanted = self._tell((answer,))
+                _, error, unique = _OUT.unpack_from(answer)
+                asked = self._with_libfuse.pop(_token(unique), None)
+                if not wanted and not error and asked is not None:
+                    self._take_back(*asked, answer[_OUT.size :])
             self._note_drained()
         if event & select.EPOLLOUT and self._held is not None:
             self._pass_on(self._held)
 
-    async def _read(self, unique: int, fh: int, ino: int, offset: int, size_bytes: int, caller: Caller) -> None:
+    async def _read(self, asked: Asked, fh: int, offset: int, size_bytes: int) -> None:
         try:
-            data = await self._files.read_later(fh, ino, offset, size_bytes, caller)
+            data = await self._files.read_later(asked, fh, offset, size_bytes)
         except FUSEError as error:
-            self._refuse(unique, error)
+            self._refuse(asked.unique, error)
         else:
-            self._tell((_OUT.pack(_OUT.size + len(data), 0, unique), data))
+            self._tell((_OUT.pack(_OUT.size + len(data), 0, asked.unique), data))
         finally:
-            self._under_way -= 1
-            self._note_drained()
+            self._answered(asked.unique)
 
     async def _write(self, unique: int, size_bytes: int, wait: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -394,24 +401,53 @@ class Wire(trio.abc.Instrument):
         else:
             self._tell((_WROTE.pack(_WROTE.size, 0, unique, size_bytes),))
         finally:
-            self._under_way -= 1
-            self._note_drained()
+            self._answered(unique)
+
+    # -- who does not wait any more ------------------------------------------------------------------
+
+    def _flushing(self) -> set[int]:
+        return {unique for unique, (asked, _) in self._waiting.items() if asked.opcode == FUSE_FLUSH}
+
+    def _unanswered(self, unique: int) -> Asked | None:
+        if unique in self._waiting:
+            return self._waiting[unique][0]
+        asked, _ = self._with_libfuse.get(_token(unique), (None, b""))
+        return asked if asked is not None and asked.unique == unique else None
+
+    def _give_up(self, asked: Asked) -> None:
+        """Its caller is to wait no more. What has begun goes on, and the kernel refuses its late answer."""
+        _, waiting = self._waiting.get(asked.unique, (asked, None))
+        if isinstance(waiting, trio.CancelScope):
+            waiting.cancel()
+        else:
+            self._refuse(asked.unique, FUSEError(errno.EINTR))
+
+    def _take_back(self, asked: Asked, request: bytes, answer: bytes) -> None:
+        if not self.replaced:
+            self._nursery.start_soon(self._files.take_back, unwanted(asked, request, answer))
+
+    # -- answers -------------------------------------------------------------------------------------
 
     def _refuse(self, unique: int, error: FUSEError) -> None:
         self._tell((_OUT.pack(_OUT.size, -error.errno, unique),))
 
-    def _tell(self, pieces: tuple[bytes | memoryview, ...]) -> None:
+    def _tell(self, pieces: tuple[bytes | memoryview, ...]) -> bool:
+        """Whether the kernel took the answer: somebody waits for it."""
         try:
             os.writev(self._fuse_fd, pieces)
         except OSError as error:
-            # Who asked was killed meanwhile, or the mount has ended, which the next read will tell.
+            # Answered before (`_give_up`), or the mount has ended, which the next read will tell.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
+            return False
+        return True
 
 
-def _asked(request: memoryview) -> Asked:
-    _, _, unique, ino, uid, gid, pid = _IN.unpack_from(request)
-    return Asked(unique, ino, uid, gid, pid)
+async def _unless(scope: trio.CancelScope, work: Callable[[], Awaitable[None]]) -> None:
+    with scope:
+        await work()
+    if scope.cancelled_caught:
+        raise FUSEError(errno.EINTR)
 
 
 def _token(unique: int) -> int:

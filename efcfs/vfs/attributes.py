@@ -47,6 +47,9 @@ class Kernel(Protocol):
 
     def drop_pages(self, ino: int) -> None: ...
 
+    def expire_name(self, directory: int, name: bytes) -> None:
+        """The name is to be looked up again."""
+
     def store_pages(self, ino: int, data: bytes) -> None:
         """Put the bytes of a whole file into the page cache. Blocks: for a thread."""
 

@@ -248,6 +248,7 @@ class Listing:
         return page.entries, 0
 
     def close(self) -> None:
+        self.spoil()  # whoever was killed as he read it may still have a page on its way
         self._give_up()
         self._directories.closed(self)
 

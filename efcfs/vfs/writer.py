@@ -340,9 +340,10 @@ class Writer:
             self._failed(file, [extent], error)
             self._send_next(file)
             return
-        except BaseException:  # cancelled: the mount ends
+        except BaseException:  # cancelled: the mount ends, or the writer was killed
             file.sending -= 1
             extent.state = DIRTY
+            file.changed.unpark_all()
             raise
         file.sending -= 1
         if result.committed == nfs3.UNSTABLE:
